@@ -1,0 +1,1 @@
+"""Microbenchmarks: `wsss-ops bench`. See README.md here."""

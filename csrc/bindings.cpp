@@ -1,0 +1,77 @@
+// The one Python binding. Compiled once per backend (WSSS_BACKEND_CPU, _CUDA or _EMULATED), it gives each module the
+// same functions: wsss_ops checks arguments, allocates outputs and passes both as tensors, here they become the
+// parameter structs of the operators. Checks here guard against mistakes of wsss_ops, not of its users.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <limits>
+
+#include "backend.h"
+#include "common.h"
+#include "patch/op.h"
+#include "tensor_view.h"
+
+namespace py = pybind11;
+
+namespace wsss {
+namespace {
+
+// A kernel's launch or loops, without the interpreter's lock and on the tensors' device.
+template <class Params>
+void run(void (*operation)(const Params&, const Where&), const Params& params, const TensorView& tensor,
+         uint64_t where) {
+    const py::gil_scoped_release unlocked;
+    const DeviceGuard guard(tensor.device());
+    operation(params, make_where(where));
+}
+
+patch::Params patch_params(const TensorView& image, const TensorView& patches, int64_t grid_h, int64_t grid_w,
+                           bool channels_last) {
+    const int64_t element = image.element_bytes();
+    const int64_t pixel = channels_last ? element * image.size(1) : element;
+    patch::Params p{};
+    p.images = image.size(0);
+    p.grid_h = grid_h;
+    p.grid_w = grid_w;
+    p.planes = channels_last ? 1 : image.size(1);
+    p.height = image.size(2);
+    p.patch_height = patches.size(2);
+    p.row_bytes = image.size(3) * pixel;
+    p.patch_row_bytes = patches.size(3) * pixel;
+    p.image_stride = image.stride(0) * element;
+    p.plane_stride = channels_last ? 0 : image.stride(1) * element;
+    p.row_stride = image.stride(2) * element;
+    constexpr int64_t limit = std::numeric_limits<int32_t>::max();
+    if (p.planes * p.patch_height > limit || p.patch_row_bytes > limit) {
+        throw std::invalid_argument("a patch has more than 2^31 - 1 rows or bytes in a row");
+    }
+    return p;
+}
+
+void patch_split(const TensorView& image, const TensorView& patches, int64_t grid_h, int64_t grid_w,
+                 bool channels_last, uint64_t where) {
+    patch::Params p = patch_params(image, patches, grid_h, grid_w, channels_last);
+    p.from = image.data();
+    p.to = patches.data();
+    if (patches.elements() > 0) run(patch::split, p, image, where);
+}
+
+void patch_merge(const TensorView& patches, const TensorView& image, int64_t grid_h, int64_t grid_w,
+                 bool channels_last, uint64_t where) {
+    patch::Params p = patch_params(image, patches, grid_h, grid_w, channels_last);
+    p.from = patches.data();
+    p.to = image.data();
+    if (image.elements() > 0) run(patch::merge, p, image, where);
+}
+
+}  // namespace
+}  // namespace wsss
+
+PYBIND11_MODULE(WSSS_MODULE, m) {
+    m.doc() = "Operators of one wsss_ops backend; called by the functions of the package, not by users.";
+    wsss::bind_backend(m);
+    m.def("patch_split", &wsss::patch_split, py::arg("image"), py::arg("patches"), py::arg("grid_h"),
+          py::arg("grid_w"), py::arg("channels_last"), py::arg("where"));
+    m.def("patch_merge", &wsss::patch_merge, py::arg("patches"), py::arg("image"), py::arg("grid_h"),
+          py::arg("grid_w"), py::arg("channels_last"), py::arg("where"));
+}

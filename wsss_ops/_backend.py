@@ -1,0 +1,83 @@
+"""Picks the compiled module for a tensor's device, and explains what is missing and how to get it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch  # before the modules: they then share the OpenMP runtime that torch brings
+
+REBUILD = "pip install --no-deps --force-reinstall -e ."
+
+
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    """The module, or None and the reason."""
+    try:
+        return importlib.import_module(f"wsss_ops.{name}"), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+_cpu, _cpu_error = _load("_cpu")
+_cuda, _cuda_error = _load("_cuda")
+if _cpu is None:
+    raise ImportError(
+        f"wsss_ops._cpu, the compiled part of wsss_ops, cannot be loaded ({_cpu_error}). Build it in the "
+        f"checkout's folder for this interpreter: {REBUILD}"
+    )
+# What runs operations on CPU tensors: tests put the emulated CUDA backend in its place (use_module).
+_on_cpu: ModuleType = _cpu
+
+
+def cpu_module() -> ModuleType:
+    """The module that runs operations on CPU tensors."""
+    return _on_cpu
+
+
+def cuda_module() -> ModuleType | None:
+    """The CUDA module, or None where it was not built (missing_cuda says more)."""
+    return _cuda
+
+
+def missing_cuda() -> str:
+    """What keeps CUDA tensors from working, with the command that mends it; empty where nothing does."""
+    if _cuda is None:
+        return (
+            f"wsss_ops was installed without its CUDA backend ({_cuda_error}). Install the CUDA toolkit (nvcc, 12.6 or "
+            "later), then build again in the checkout's folder: CUDA_HOME=/usr/local/cuda WSSS_OPS_CUDA=1 "
+            f"{REBUILD}"
+        )
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} is built without CUDA. Install a CUDA build of torch (pytorch.org names the "
+            "command for each CUDA version); wsss_ops need not be built again"
+        )
+    if not torch.cuda.is_available():
+        return "torch sees no GPU: nvidia-smi tells whether the driver does"
+    return ""
+
+
+def call(operation: str, device: torch.device, *arguments: Any) -> None:
+    """Runs an operation of the compiled module for `device`, on PyTorch's current stream or with its threads."""
+    if device.type == "cpu":
+        getattr(_on_cpu, operation)(*arguments, torch.get_num_threads())
+    elif device.type == "cuda":
+        if _cuda is None:
+            raise RuntimeError(missing_cuda())
+        getattr(_cuda, operation)(*arguments, torch.cuda.current_stream(device).cuda_stream)
+    else:
+        raise RuntimeError(f"wsss_ops has no backend for tensors on {device}: it has cpu and cuda")
+
+
+@contextmanager
+def use_module(module: ModuleType) -> Iterator[None]:
+    """Runs operations on CPU tensors by another module, for tests."""
+    global _on_cpu
+    before, _on_cpu = _on_cpu, module
+    try:
+        yield
+    finally:
+        _on_cpu = before

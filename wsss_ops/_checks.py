@@ -1,0 +1,44 @@
+"""Argument checks that the operators share: each raises naming the argument and what was got."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_tensor(name: str, value: object, dims: str, dtypes: Sequence[torch.dtype]) -> None:
+    """`dims` names the dimensions, as in "N, D, H, W"."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    rank = dims.count(",") + 1
+    if value.dim() != rank:
+        raise ValueError(f"{name} must have the {rank} dimensions [{dims}], got shape {list(value.shape)}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must be one of {', '.join(map(_short, dtypes))}, got {_short(value.dtype)}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+    if value.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"{name} must be on a cpu or cuda device, got {value.device}")
+
+
+def check_int(name: str, value: object, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return int(value) if isinstance(value, int) else value
+
+
+def check_pair(name: str, value: object, minimum: int) -> tuple[int, int]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        raise TypeError(f"{name} must be a pair of ints, got {value!r}")
+    return check_int(f"{name}[0]", value[0], minimum), check_int(f"{name}[1]", value[1], minimum)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,23 @@
+"""Memory formats: which one a tensor is in, and what is handed to the kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether channels are innermost in a 4-d tensor; slices count, and one channel alone is NCHW."""
+    return x.stride(1) == 1 and x.stride(3) >= x.shape[1] > 1
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def with_dense_rows(x: Tensor, channels_last: bool) -> Tensor:
+    """x, or a copy of it in the memory format given where the pixels of a row are not next to each other."""
+    pixel = x.shape[1] if channels_last else 1
+    if x.stride(3) == pixel or x.shape[3] <= 1:
+        return x
+    return x.contiguous(memory_format=memory_format(channels_last))
