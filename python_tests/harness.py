@@ -1,0 +1,62 @@
+"""What the operator tests share: memory layouts to feed, and comparison with float64 references."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _sliced(x: Tensor) -> Tensor:
+    """The middle of a larger tensor: odd strides, storage offset, addresses aligned to one element only."""
+    larger = torch.full([size + 3 for size in x.shape], 7.0).to(x)
+    view = larger[tuple(slice(1, size + 1) for size in x.shape)]
+    return view.copy_(x)
+
+
+def _sliced_channels_last(x: Tensor) -> Tensor:
+    return _sliced(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """Pixels of a row far apart, columns dense."""
+    return x.transpose(2, 3).contiguous().transpose(2, 3)
+
+
+def _stepped(x: Tensor) -> Tensor:
+    """Every second pixel of a row."""
+    larger = torch.full([*x.shape[:3], 2 * x.shape[3]], 7.0).to(x)
+    return larger[..., ::2].copy_(x)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "nchw": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "sliced": _sliced,
+    "sliced_channels_last": _sliced_channels_last,
+    "transposed": _transposed,
+    "stepped": _stepped,
+    "expanded": lambda x: x[:1].expand(x.shape) if x.shape[0] > 0 else x,
+}
+
+
+def values(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random numbers, never zero, of any real dtype."""
+    if dtype == torch.bool:
+        return torch.rand(*shape, device=device) < 0.5
+    if dtype.is_floating_point:
+        return torch.randn(*shape, dtype=torch.float64, device=device).add_(3).to(dtype)
+    return torch.randint(1, 100, tuple(shape), device=device).to(dtype)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """|got - expected| / |expected| in float64; infinite where got is not finite but expected is."""
+    got, expected = got.detach().double(), expected.detach().double()
+    assert got.shape == expected.shape, f"shape {list(got.shape)} for {list(expected.shape)}"
+    if not torch.equal(got.isfinite(), expected.isfinite()):
+        return float("inf")
+    finite = expected.isfinite()
+    return float((got[finite] - expected[finite]).norm() / expected[finite].norm().clamp_min(1e-300))

@@ -1,0 +1,112 @@
+"""Choosing a backend: instruction sets, what is said where CUDA is missing, and the build's own promises."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from harness import values
+
+from wsss_ops import _backend, patch_merge, patch_split, reference
+
+
+@pytest.mark.parametrize("level", _backend.cpu_module().levels())
+def test_every_instruction_set(level: str) -> None:
+    module = _backend.cpu_module()
+    before = module.level()
+    module.set_level(level)
+    try:
+        assert module.level() == level
+        for width in range(1, 200, 7):  # every way to copy a row
+            x = values((2, 3, 3, width), torch.uint8, torch.device("cpu"))
+            patches = patch_split(x, (2, 2))
+            assert torch.equal(patches, reference.patch_split(x, (2, 2)))
+            assert torch.equal(patch_merge(patches, (2, 2), (3, width)), x)
+    finally:
+        module.set_level(before)
+
+
+def test_unknown_instruction_set() -> None:
+    with pytest.raises(ValueError, match=r'"x87" is not one this processor can run: \w+'):
+        _backend.cpu_module().set_level("x87")
+
+
+def test_one_and_many_threads_agree() -> None:
+    x = values((3, 7, 33, 65), torch.float32, torch.device("cpu"))
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(patch_split(x, (4, 4)), reference.patch_split(x, (4, 4)))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_shares_the_openmp_runtime_of_torch() -> None:
+    """Two runtimes would keep two pools of threads that spin against each other."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    runtimes = {line.split()[-1] for line in maps if "libgomp" in line or "libiomp" in line}
+    assert len(runtimes) == 1
+
+
+def test_cuda_tensor_without_cuda_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "_cuda", None)
+    with pytest.raises(RuntimeError, match=r"without its CUDA backend.*nvcc.*WSSS_OPS_CUDA=1 pip install"):
+        _backend.call("patch_split", torch.device("cuda", 0))
+
+
+def test_device_without_backend() -> None:
+    with pytest.raises(RuntimeError, match="no backend for tensors on xpu:0: it has cpu and cuda"):
+        _backend.call("patch_split", torch.device("xpu", 0))
+
+
+def test_missing_cpu_module_is_explained(tmp_path: Path) -> None:
+    package = tmp_path / "wsss_ops"
+    shutil.copytree(ROOT / "wsss_ops", package, ignore=shutil.ignore_patterns("*.so", "training"))
+    result = subprocess.run(
+        [sys.executable, "-c", "import wsss_ops"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert "pip install" in result.stderr.splitlines()[-1]
+
+
+def setup_fails(**environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode != 0
+    return result.stderr
+
+
+def test_build_settings_are_checked(tmp_path: Path) -> None:
+    assert "WSSS_OPS_CUDA must be 0, 1 or unset, got 'yes'" in setup_fails(WSSS_OPS_CUDA="yes")
+    assert "nvcc was not found under CUDA_HOME" in setup_fails(WSSS_OPS_CUDA="1", CUDA_HOME=str(tmp_path))
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho compute_80 compute_90\n")
+    nvcc.chmod(0o755)
+    cuda = {"WSSS_OPS_CUDA": "1", "CUDA_HOME": str(tmp_path)}
+    assert "'Hopper' is not of the form 9.0" in setup_fails(**cuda, TORCH_CUDA_ARCH_LIST="Hopper")
+    assert "can compile for none of 5.0" in setup_fails(**cuda, TORCH_CUDA_ARCH_LIST="5.0")
+
+
+def test_no_symbol_is_shared_between_instruction_sets(emulated_module: object) -> None:
+    """A weak function in two levels' objects would be linked once, perhaps from the level the processor lacks."""
+    objects = sorted((ROOT / "build").glob(f"{sys.implementation.cache_tag}-*/x86_64*/*.o"))
+    if not objects:
+        assert _backend.cpu_module().levels() == ["generic"], "no objects of the CPU backend in build/"
+    for path in objects:
+        symbols = subprocess.run(["nm", "-C", str(path)], capture_output=True, text=True, check=True).stdout
+        weak = [line for line in symbols.splitlines() if line.split()[-2:-1] in (["W"], ["u"]) or " W " in line]
+        assert weak == [], f"{path.name} of {path.parent.name}"
