@@ -1,5 +1,5 @@
-// The little that differs between the modules beside their kernels: how a call says where it runs, whose device is
-// current, and what the module tells about itself. Included by bindings.cpp alone.
+// The little that differs between the modules beside their kernels: how a call says where it runs, whose
+// device is current, and what the module tells about itself. Included by bindings.cpp alone.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -19,7 +19,8 @@ namespace wsss {
 // `where` is PyTorch's current stream of the tensors' device.
 inline Where make_where(uint64_t where) {
     Where result;
-    result.stream = reinterpret_cast<void*>(where);  // NOLINT(performance-no-int-to-ptr): a handle, not an address
+    result.stream =
+        reinterpret_cast<void*>(where);  // NOLINT(performance-no-int-to-ptr): a handle, not an address
     return result;
 }
 

@@ -1,10 +1,9 @@
-// The one Python binding. Compiled once per backend (WSSS_BACKEND_CPU, _CUDA or _EMULATED), it gives each module the
-// same functions: wsss_ops checks arguments, allocates outputs and passes both as tensors, here they become the
-// parameter structs of the operators. Checks here guard against mistakes of wsss_ops, not of its users.
+// The one Python binding. Compiled once per backend (WSSS_BACKEND_CPU, _CUDA or _EMULATED), it gives each
+// module the same functions: wsss_ops checks arguments, allocates outputs and passes both as tensors, here
+// they become the parameter structs of the operators. Checks here guard against mistakes of wsss_ops, not of
+// its users.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-
-#include <limits>
 
 #include "backend.h"
 #include "common.h"
@@ -41,9 +40,9 @@ patch::Params patch_params(const TensorView& image, const TensorView& patches, i
     p.image_stride = image.stride(0) * element;
     p.plane_stride = channels_last ? 0 : image.stride(1) * element;
     p.row_stride = image.stride(2) * element;
-    constexpr int64_t limit = std::numeric_limits<int32_t>::max();
-    if (p.planes * p.patch_height > limit || p.patch_row_bytes > limit) {
-        throw std::invalid_argument("a patch has more than 2^31 - 1 rows or bytes in a row");
+    constexpr int64_t limit = int64_t{1} << 30;  // kernels count these in 32 bits
+    if (patches.size(0) > limit || p.planes * p.patch_height > limit || p.patch_row_bytes > limit) {
+        throw std::invalid_argument("more than 2^30 patches, rows of a patch or bytes in a row");
     }
     return p;
 }

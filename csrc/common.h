@@ -8,8 +8,8 @@
 #include "cpu_level.h"
 #endif
 
-// Arithmetic that all backends share is always inlined: the CPU sources are compiled once per instruction set, and
-// an out-of-line copy would be one symbol for all of them, of which the linker keeps any one.
+// Arithmetic that all backends share is always inlined: the CPU sources are compiled once per instruction
+// set, and an out-of-line copy would be one symbol for all of them, of which the linker keeps any one.
 #if defined(__CUDACC__)
 #define WSSS_HOST_DEVICE __host__ __device__ __forceinline__
 #else
@@ -26,34 +26,33 @@ struct Where {
 
 }  // namespace wsss
 
-// WSSS_OPERATION(name, Params) declares `void name(const Params&, const Where&)`, which every backend defines.
-// On the CPU the definitions live in one namespace per instruction set, and the declared function picks one.
+// WSSS_OPERATION(name, Params) declares `void name(const Params&, const Where&)`, which every backend
+// defines. On the CPU the definitions live in one namespace per instruction set, and the declared function
+// picks one.
 #if !defined(WSSS_BACKEND_CPU)
 #define WSSS_OPERATION(name, Params) void name(const Params& params, const Where& where);
 #elif defined(__x86_64__)
-#define WSSS_OPERATION(name, Params)                                          \
-    namespace x86_64 {                                                        \
-    void name(const Params&, const Where&);                                   \
-    }                                                                         \
-    namespace x86_64_v3 {                                                     \
-    void name(const Params&, const Where&);                                   \
-    }                                                                         \
-    namespace x86_64_v4 {                                                     \
-    void name(const Params&, const Where&);                                   \
-    }                                                                         \
-    static inline void name(const Params& params, const Where& where) {       \
-        using Operation = void (*)(const Params&, const Where&);              \
+#define WSSS_OPERATION(name, Params)                                                     \
+    namespace x86_64 {                                                                   \
+    void name(const Params&, const Where&);                                              \
+    }                                                                                    \
+    namespace x86_64_v3 {                                                                \
+    void name(const Params&, const Where&);                                              \
+    }                                                                                    \
+    namespace x86_64_v4 {                                                                \
+    void name(const Params&, const Where&);                                              \
+    }                                                                                    \
+    static inline void name(const Params& params, const Where& where) {                  \
+        using Operation = void (*)(const Params&, const Where&);                         \
         constexpr Operation levels[] = {x86_64::name, x86_64_v3::name, x86_64_v4::name}; \
-        levels[cpu_level()](params, where);                                   \
+        levels[cpu_level()](params, where);                                              \
     }
 #else
-#define WSSS_OPERATION(name, Params)                                    \
-    namespace generic {                                                 \
-    void name(const Params&, const Where&);                             \
-    }                                                                   \
-    static inline void name(const Params& params, const Where& where) { \
-        generic::name(params, where);                                   \
-    }
+#define WSSS_OPERATION(name, Params)        \
+    namespace generic {                     \
+    void name(const Params&, const Where&); \
+    }                                       \
+    static inline void name(const Params& params, const Where& where) { generic::name(params, where); }
 #endif
 
 namespace wsss {
@@ -63,8 +62,8 @@ constexpr T ceil_div(T a, T b) {
     return (a + b - 1) / b;
 }
 
-// Division by a number known at launch, for 0 <= n < 2^31: a multiplication and a shift instead of the twenty or
-// so instructions of an integer division on a GPU (Granlund and Montgomery, PLDI 1994).
+// Division by a number known at launch, for 0 <= n < 2^31: a multiplication and a shift instead of the twenty
+// or so instructions of an integer division on a GPU (Granlund and Montgomery, PLDI 1994).
 class Divisor {
   public:
     Divisor() = default;

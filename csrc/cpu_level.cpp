@@ -1,5 +1,5 @@
-// Which of the instruction sets compiled into the CPU backend is in use: the best that the processor has, or the one
-// that WSSS_OPS_CPU_LEVEL names.
+// Which of the instruction sets compiled into the CPU backend is in use: the best that the processor has, or
+// the one that WSSS_OPS_CPU_LEVEL names.
 #include "cpu_level.h"
 
 #include <cstdlib>

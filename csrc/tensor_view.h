@@ -1,7 +1,7 @@
 // A tensor seen from C++: pointer, shape, strides, element type and device, taken from Python through DLPack.
-// This is the only file that knows that Python tensors exist; no PyTorch header or library is involved, so one
-// binary serves every PyTorch release. DLPack drops the conjugate and negative bits: the callers in wsss_ops never
-// pass tensors that carry them.
+// This is the only file that knows that Python tensors exist; no PyTorch header or library is involved, so
+// one binary serves every PyTorch release. DLPack drops the conjugate and negative bits: the callers in
+// wsss_ops never pass tensors that carry them.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -46,15 +46,14 @@ class TensorView {
   public:
     TensorView() = default;
     explicit TensorView(pybind11::handle tensor) {
-        // torch.utils.dlpack.to_dlpack, unlike Tensor.__dlpack__, takes tensors that require grad and costs 0.3 us.
+        // torch.utils.dlpack.to_dlpack, unlike Tensor.__dlpack__, takes tensors that require grad and costs
+        // 0.3 us.
         PYBIND11_CONSTINIT static pybind11::gil_safe_call_once_and_store<pybind11::object> to_dlpack;
         capsule_ = to_dlpack
-                       .call_once_and_store_result([] {
-                           return pybind11::module_::import("torch.utils.dlpack").attr("to_dlpack");
-                       })
+                       .call_once_and_store_result(
+                           [] { return pybind11::module_::import("torch.utils.dlpack").attr("to_dlpack"); })
                        .get_stored()(tensor);
-        auto* managed =
-            static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"));
+        auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"));
         if (managed == nullptr) throw pybind11::error_already_set();
         tensor_ = &managed->tensor;
 #if defined(WSSS_BACKEND_CUDA)
@@ -64,8 +63,8 @@ class TensorView {
 #endif
         if (tensor_->device.type != expected) {
             throw std::invalid_argument("a tensor of DLPack device type " +
-                                        std::to_string(tensor_->device.type) + " reached the module of type " +
-                                        std::to_string(expected));
+                                        std::to_string(tensor_->device.type) +
+                                        " reached the module of type " + std::to_string(expected));
         }
     }
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# Compilers that trace with dynamic shapes pass symbols.
+WHOLE: tuple[type, ...] = (int, torch.SymInt)
 
 
 def check_tensor(name: str, value: object, dims: str, dtypes: Sequence[torch.dtype]) -> None:
@@ -26,15 +29,15 @@ def check_tensor(name: str, value: object, dims: str, dtypes: Sequence[torch.dty
         raise ValueError(f"{name} must be on a cpu or cuda device, got {value.device}")
 
 
-def check_int(name: str, value: object, minimum: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+def check_int(name: str, value: Any, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, WHOLE):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return int(value) if isinstance(value, int) else value
+    return value
 
 
-def check_pair(name: str, value: object, minimum: int) -> tuple[int, int]:
+def check_pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
         raise TypeError(f"{name} must be a pair of ints, got {value!r}")
     return check_int(f"{name}[0]", value[0], minimum), check_int(f"{name}[1]", value[1], minimum)

@@ -31,6 +31,4 @@ def register(
         _LIBRARY.impl(name, implementation, key)
     torch.library.register_fake(f"wsss_ops::{name}", fake, lib=_LIBRARY)
     if backward is not None:
-        torch.library.register_autograd(
-            f"wsss_ops::{name}", backward, setup_context=setup_context, lib=_LIBRARY
-        )
+        torch.library.register_autograd(f"wsss_ops::{name}", backward, setup_context=setup_context, lib=_LIBRARY)

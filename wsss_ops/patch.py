@@ -81,17 +81,13 @@ def patch_size(size: tuple[int, int], grid: tuple[int, int], multiple: int = 1) 
 
 def _empty_patches(x: Tensor, gh: int, gw: int, ph: int, pw: int) -> Tensor:
     shape = (x.shape[0] * gh * gw, x.shape[1], ph, pw)
-    return torch.empty(
-        shape, dtype=x.dtype, device=x.device, memory_format=memory_format(is_channels_last(x))
-    )
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(is_channels_last(x)))
 
 
 def _empty_map(patches: Tensor, gh: int, gw: int, height: int, width: int) -> Tensor:
     shape = (patches.shape[0] // (gh * gw), patches.shape[1], height, width)
     channels_last = is_channels_last(patches)
-    return torch.empty(
-        shape, dtype=patches.dtype, device=patches.device, memory_format=memory_format(channels_last)
-    )
+    return torch.empty(shape, dtype=patches.dtype, device=patches.device, memory_format=memory_format(channels_last))
 
 
 def _split(x: Tensor, gh: int, gw: int, ph: int, pw: int) -> Tensor:

@@ -1,9 +1,9 @@
 // patch_split and patch_merge on the CPU: one pass, rows of the image in memory order.
 //
-// Traffic: the tensor is read once and written once, the floor is a plain copy. Walking the image row by row, and
-// the grid's columns within a row, reads the image as one stream and writes grid_w streams, each sequential (a
-// split; a merge the other way round). Walking patch by patch would visit every cache line of an NCHW image once
-// per grid column that shares it.
+// Traffic: the tensor is read once and written once, the floor is a plain copy. Walking the image row by row,
+// and the grid's columns within a row, reads the image as one stream and writes grid_w streams, each
+// sequential (a split; a merge the other way round). Walking patch by patch would visit every cache line of
+// an NCHW image once per grid column that shares it.
 #include <omp.h>
 
 #include <cstring>
@@ -55,7 +55,8 @@ void run(const Params& p, const Where& where) {
                 const Row at = locate(p, image, grid_row, column, plane, y);
                 if (kSplit) {
                     copy_row(p.to + patch, p.from + at.image_offset, at.bytes);
-                    std::memset(p.to + patch + at.bytes, 0, static_cast<size_t>(p.patch_row_bytes - at.bytes));
+                    std::memset(p.to + patch + at.bytes, 0,
+                                static_cast<size_t>(p.patch_row_bytes - at.bytes));
                 } else {
                     copy_row(p.to + at.image_offset, p.from + patch, at.bytes);
                 }

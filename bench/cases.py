@@ -1,0 +1,91 @@
+"""The table of cases: what is measured for each operator, at the sizes of SPEC, and what it competes with.
+
+A case builds functions of no arguments. The first is the floor, the least that the work can cost on the
+machine at hand (a copy, a matrix product); the others do the work itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import wsss_ops
+from wsss_ops import reference
+
+from .measure import Function
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    op: str
+    work: str
+    device: str
+    moved_bytes: int  # by the floor, read and written
+    build: Callable[[torch.device, bool], Mapping[str, Function]]  # (device, with torch.compile)
+
+
+def patch_case(
+    name: str, device: str, shape: tuple[int, int, int, int], grid: tuple[int, int], direction: str, channels_last: bool
+) -> Case:
+    n, d, height, width = shape
+    numbers = n * d * height * width
+    layout = "channels_last" if channels_last else "NCHW"
+
+    def build(on: torch.device, compiled: bool) -> Mapping[str, Function]:
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        x = torch.randn(shape, device=on).to(memory_format=memory_format)
+        patches = wsss_ops.patch_split(x, grid)
+
+        def split(x: Tensor, grid: tuple[int, int]) -> Tensor:
+            return reference.patch_split(x, grid)
+
+        def merge(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+            return reference.patch_merge(patches, grid, (height, width)).contiguous()
+
+        source, plain = (x, split) if direction == "split" else (patches, merge)
+        functions: dict[str, Function] = {"floor: clone": source.clone}
+        if direction == "split":
+            functions["wsss_ops"] = lambda: wsss_ops.patch_split(x, grid)
+        else:
+            functions["wsss_ops"] = lambda: wsss_ops.patch_merge(patches, grid, (height, width))
+        functions["reference"] = lambda: plain(source, grid)
+        if compiled:
+            faster = torch.compile(plain)
+            functions["reference compiled"] = lambda: faster(source, grid)
+        return functions
+
+    return Case(
+        name=f"{name} {direction} {layout}",
+        op="patch",
+        work=f"N{n} D{d} {height}x{width} fp32, grid {grid[0]}x{grid[1]}",
+        device=device,
+        moved_bytes=2 * 4 * numbers,
+        build=build,
+    )
+
+
+def patch_overhead(device: torch.device) -> dict[str, Function]:
+    x = torch.randn(1, 1, 4, 4, device=device)
+    return {
+        "wsss_ops": lambda: wsss_ops.patch_split(x, (2, 2)),
+        "reference": lambda: reference.patch_split(x, (2, 2)),
+    }
+
+
+CASES = [
+    patch_case(name, device, shape, (4, 4), direction, channels_last)
+    for name, device, shape in [
+        ("T1c", "cpu", (8, 512, 32, 32)),
+        ("T1", "cuda", (16, 1024, 32, 32)),
+        ("T1 uneven", "cuda", (16, 512, 63, 65)),
+    ]
+    for direction in ("split", "merge")
+    for channels_last in (False, True)
+]
+# Per operator, calls on inputs too small to matter.
+OVERHEADS: dict[str, Callable[[torch.device], dict[str, Function]]] = {"patch_split": patch_overhead}
+OPERATORS = sorted({case.op for case in CASES})

@@ -1,0 +1,56 @@
+"""Benchmark results as a table that people read, and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = [f"{name + ':':14} {fact}" for name, fact in results["environment"].items()]
+    lines.append(
+        f"{'timing:':14} {results['rounds']} interleaved rounds on {results['device']}, medians; ratios by round"
+    )
+    for case in results["cases"]:
+        lines += ["", f"{case['name']}: {case['work']}"]
+        lines.append(f"  {'':20}{'ms':>9}{'10% - 90%':>18}{'x floor':>9}{'GB/s':>8}{'peak MB':>9}")
+        for name, figures in case["functions"].items():
+            bandwidth = case["moved_bytes"] / figures["median_ms"] / 1e6
+            spread = f"{figures['p10_ms']:.3f} - {figures['p90_ms']:.3f}"
+            lines.append(
+                f"  {name:20}{figures['median_ms']:9.3f}{spread:>18}{figures['times_floor']:9.2f}{bandwidth:8.1f}"
+                f"{figures['peak_bytes'] / 1e6:9.1f}"
+            )
+    lines += ["", "host overhead of a call, us"]
+    for operation, functions in results["host_overhead_us"].items():
+        lines += [f"  {operation + ', ' + name:30}{overhead:8.1f}" for name, overhead in functions.items()]
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """A bar for each function's time as a multiple of its case's floor; written whole or not at all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    cases = results["cases"]
+    names = list(dict.fromkeys(name for case in cases for name in case["functions"]))
+    figure = Figure(figsize=(9, 1.2 + 0.9 * len(cases)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    height = 0.8 / len(names)
+    for position, name in enumerate(names):
+        rows = [row for row, case in enumerate(cases) if name in case["functions"]]
+        ratios = [cases[row]["functions"][name]["times_floor"] for row in rows]
+        bars = axes.barh([row + position * height for row in rows], ratios, height, label=name)
+        axes.bar_label(bars, [f" {ratio:.2f}" for ratio in ratios], fontsize=7)
+    axes.set_yticks([row + 0.4 - height / 2 for row in range(len(cases))], [case["name"] for case in cases])
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("time as a multiple of the floor (lower is better)")
+    axes.set_title(
+        f"wsss_ops on {results['environment'].get('gpu 0', results['environment']['processor'])}", fontsize=10
+    )
+    axes.legend(fontsize=8)
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, format="png", dpi=130)
+    partial.replace(path)

@@ -1,0 +1,95 @@
+"""`wsss-ops demo`: what is installed, fused against reference, a small benchmark, CAM on generated scenes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import wsss_ops
+
+from . import _backend, info, reference
+from .bench import report, runner
+from .training.train import train_on_scenes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, help="new folder for pictures and figures (default: wsss_demo/ and the time)"
+    )
+
+
+def main(arguments: argparse.Namespace) -> int:
+    started = time.monotonic()
+    out: Path = arguments.out or Path("wsss_demo", time.strftime("%Y-%m-%d-%H%M%S"))
+    if out.exists():
+        raise SystemExit(f"--out: {out} is there already; name a new folder")
+    device = torch.device("cuda" if torch.cuda.is_available() and not _backend.missing_cuda() else "cpu")
+
+    heading("1. What is installed")
+    info.main()
+
+    heading("2. Fused operators against their PyTorch references")
+    for name, check in CHECKS.items():
+        forward, backward = check(device)
+        print(f"{name:14} largest difference: output {forward:.1e}, gradient {backward:.1e}")
+
+    heading("3. Time and memory (wsss-ops bench has more rounds, and torch.compile'd references)")
+    results = runner.run(device, runner.OPERATORS, rounds=15, compiled=False)
+    print(report.table(results))
+
+    heading("4. A CAM network, trained on generated scenes and evaluated")
+    train_on_scenes(out / "cam")
+
+    heading(f"Done in {time.monotonic() - started:.0f} s")
+    if importlib.util.find_spec("matplotlib") is not None:
+        report.plot(results, out / "bench.png")
+        print(f"{out / 'bench.png'}: the benchmark as a plot")
+        print(f"{out / 'cam' / 'curve.png'}: mIoU, precision and recall over all background thresholds")
+    else:
+        print("plots left out: they need matplotlib (pip install matplotlib)")
+    print(f"{out / 'cam' / 'panels.png'}: scenes, ground truth, CAM and prediction")
+    print(f"{out / 'cam' / 'metrics.json'}: the figures above")
+    return 0
+
+
+def heading(text: str) -> None:
+    print(f"\n{text}\n{'-' * len(text)}", flush=True)
+
+
+def largest_difference(
+    fused: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor], x: Tensor
+) -> tuple[float, float]:
+    """Of the outputs, and of the gradients for one random output gradient."""
+    outputs: list[Tensor] = []
+    gradients: list[Tensor] = []
+    for function in (fused, plain):
+        source = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        outputs.append(function(source))
+        torch.manual_seed(1)
+        grad = torch.randn(outputs[-1].shape).to(x.device)
+        gradients += torch.autograd.grad(outputs[-1], source, grad)
+    forward, backward = (float((a - b).abs().max().detach()) for a, b in (outputs, gradients))
+    return forward, backward
+
+
+def check_split(device: torch.device) -> tuple[float, float]:
+    x = torch.randn(2, 16, 37, 41, device=device)
+    return largest_difference(
+        lambda x: wsss_ops.patch_split(x, (4, 4), 2), lambda x: reference.patch_split(x, (4, 4), 2), x
+    )
+
+
+def check_merge(device: torch.device) -> tuple[float, float]:
+    x = torch.randn(32, 16, 10, 12, device=device)
+    return largest_difference(
+        lambda x: wsss_ops.patch_merge(x, (4, 4), (37, 41)), lambda x: reference.patch_merge(x, (4, 4), (37, 41)), x
+    )
+
+
+CHECKS = {"patch_split": check_split, "patch_merge": check_merge}
