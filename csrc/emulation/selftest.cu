@@ -91,7 +91,7 @@ __global__ void shuffle_kernel(const T* in, T* out, int step, int width) {
 __global__ void warp_kernel(const int* in, unsigned* out) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     const int value = in[i];
-    unsigned* results = out + i * 5;
+    unsigned* results = out + i * 6;
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
     results[0] = __match_any_sync(full_mask, value);
     results[1] = __reduce_add_sync(full_mask, value);
@@ -99,6 +99,10 @@ __global__ void warp_kernel(const int* in, unsigned* out) {
     results[3] = __reduce_max_sync(full_mask, value);
     results[4] = __reduce_or_sync(full_mask, static_cast<unsigned>(value));
 #endif
+    __shared__ int reversed[32];
+    reversed[31 - threadIdx.x] = value;
+    __syncwarp();
+    results[5] = reversed[threadIdx.x];
 }
 
 __global__ void histogram_kernel(const int* in, int n, unsigned* counts, int bins, int* range) {
