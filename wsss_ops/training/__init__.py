@@ -1,0 +1,1 @@
+"""Training and evaluation of weakly supervised segmentation systems on image-level labels."""

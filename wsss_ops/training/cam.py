@@ -1,0 +1,69 @@
+"""The CAM classifier: the baseline, and stage 0 of the systems built on it."""
+
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wsss_ops.training.backbones import Backbone, build_backbone
+from wsss_ops.training.batches import Batch
+from wsss_ops.training.settings import Settings
+from wsss_ops.training.system import Stage, System
+
+
+class CamNetwork(nn.Module):
+    """Backbone, a 3x3 convolution (`sampler`: ESOL's W1), ReLU and a 1x1 classifier without bias.
+
+    num_classes counts the foreground classes. The classifier's map is the CAM; its mean over the map the logits.
+    """
+
+    backbone: Backbone
+
+    def __init__(self, backbone: Backbone, num_classes: int, width: int = 256) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.sampler = nn.Conv2d(backbone.out_channels, width, 3, padding=1)
+        self.classifier = nn.Conv2d(width, num_classes, 1, bias=False)
+        nn.init.kaiming_normal_(self.sampler.weight, nonlinearity="relu")
+        nn.init.normal_(self.classifier.weight, std=0.01)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images [N, 3, H, W], normalised -> logits [N, num_classes] and CAM [N, num_classes, h, w]."""
+        cam = self.classifier(self.sampler(self.backbone(images)).relu())
+        return cam.mean((2, 3)), cam
+
+
+class CamSystem(System):
+    """Image classification with the labels as the only supervision."""
+
+    uses_ops = False
+    network: CamNetwork
+
+    def __init__(self, settings: Settings, num_classes: int, ops: ModuleType | None = None, *,
+                 pretrained: bool = True) -> None:  # fmt: skip
+        self.settings = settings
+        backbone = build_backbone(settings.backbone, settings.weights, settings.output_stride, pretrained=pretrained)
+        self.network = CamNetwork(backbone, num_classes - 1)
+
+    def stages(self) -> list[Stage]:
+        return [Stage("cam", self.settings.epochs)]
+
+    def enter(self, stage: int) -> list[dict[str, Any]]:
+        head = [*self.network.sampler.parameters(), *self.network.classifier.parameters()]
+        groups = [{"params": head, "lr": self.settings.lr}]
+        if tuned := self.network.backbone.tune(self.settings.tune_blocks):
+            groups.append({"params": tuned, "lr": self.settings.backbone_lr})
+        return groups
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        logits, _ = self.network(batch.images)
+        loss = F.binary_cross_entropy_with_logits(logits.float(), batch.tags)
+        return loss, {"loss": loss.detach()}
+
+    def cam(self, images: Tensor) -> Tensor:
+        return self.network(images)[1]
+
+    @property
+    def stride(self) -> int:
+        return self.network.backbone.stride

@@ -1,0 +1,84 @@
+"""Run folders: settings, resumable checkpoints and results, each written under its final name in one step."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+SETTINGS, CHECKPOINT, MODEL, METRICS = "settings.json", "checkpoint.pt", "model.pt", "metrics.json"
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Calls write on a temporary file beside path, brings it to disk and gives it its name.
+
+    A reader, or a run after a crash, finds the old file or the new one, never a part.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes content as readable JSON, atomically."""
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: Path) -> Any:
+    """Reads what `write_json` wrote. Raises ValueError naming the file where it is no JSON."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Saves tensors, numbers, texts and containers of them, atomically."""
+    write_atomic(path, lambda file: torch.save(content, file))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Loads what `save` saved, onto the CPU, without running any code from the file.
+
+    Raises ValueError naming the file where it cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for damaged files
+        raise ValueError(f"{path} cannot be loaded: {error}") from error
+
+
+def claim(out: Path, settings: dict[str, Any], *, write: bool = True) -> None:
+    """Marks the folder out as that of a run with these settings, or checks that it is (write=False only checks).
+
+    Raises ValueError naming the settings that differ where it belongs to another run; nothing is overwritten.
+    """
+    settings = json.loads(json.dumps(settings))
+    path = out / SETTINGS
+    if path.exists():
+        before = read_json(path)
+        names = sorted({*before, *settings})
+        differing = [
+            f"{name}: {before.get(name)!r} there, {settings.get(name)!r} now"
+            for name in names
+            if before.get(name) != settings.get(name)
+        ]
+        if differing:
+            lines = "\n  ".join([f"{out} holds a run with other settings; choose another --out:", *differing])
+            raise ValueError(lines)
+        return
+    strangers = [name for name in (CHECKPOINT, MODEL, METRICS) if (out / name).exists()]
+    if strangers:
+        raise ValueError(f"{out} holds {', '.join(strangers)} but no {SETTINGS}; choose another --out")
+    if write:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings)

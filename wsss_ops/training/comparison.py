@@ -1,0 +1,80 @@
+"""`--ops both`: a few identical training steps with fused and with reference operators, side by side."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from wsss_ops.training.batches import Batch
+from wsss_ops.training.loop import channels_last, make_optimiser, seed_everything, train_step
+from wsss_ops.training.processes import Processes
+from wsss_ops.training.system import System
+
+
+def peak_memory(function: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that function's tensors held at one moment, beyond what was held before."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        function()
+    held = peak = 0
+    for event in sorted(_memory_events(profile), key=lambda pair: pair[0]):
+        held += event[1]
+        peak = max(peak, held)
+    return peak
+
+
+def _memory_events(profile: torch.profiler.profile) -> list[tuple[int, int]]:
+    """(time, bytes) of every allocation and, negative, every release."""
+    recorded: Any = profile.profiler
+    events = recorded.kineto_results.events()
+    return [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+
+
+def compare(systems: Mapping[str, System], batches: Sequence[Batch], processes: Processes) -> str:
+    """Trains copies of one system on the same batches from the same state; returns a table to print.
+
+    systems: "reference" and "fused". Per stage: median step time without the first step, peak memory of one step,
+    the loss of the last step, and the largest differences of losses and of parameters after all steps.
+    """
+    lines = [f"{'stage':<12}{'operators':<12}{'step':>10}{'peak memory':>14}{'last loss':>12}"]
+    names = [stage.name for stage in next(iter(systems.values())).stages()]
+    for stage, name in enumerate(names):
+        losses = {}
+        for kind, system in systems.items():
+            seconds, memory, losses[kind] = _trial(system, stage, batches, processes)
+            milliseconds, mebibytes = f"{seconds * 1e3:.1f} ms", f"{memory / 2**20:.1f} MiB"
+            lines.append(f"{name:<12}{kind:<12}{milliseconds:>10}{mebibytes:>14}{losses[kind][-1]:>12.6f}")
+        apart = max(abs(a - b) for a, b in zip(*losses.values(), strict=True))
+        lines.append(f"{name:<12}largest difference of losses {apart:.2e}, of parameters {_distance(systems):.2e}")
+    return "\n".join(lines)
+
+
+def _trial(
+    system: System, stage: int, batches: Sequence[Batch], processes: Processes
+) -> tuple[float, int, list[float]]:
+    device = processes.device
+    processes.share_state(system.network.to(device).train())
+    channels_last(system.network)
+    optimiser = make_optimiser(system.enter(stage), system.settings.weight_decay)
+    times, losses = [], []
+    for step, batch in enumerate(batches):
+        seed_everything(system.settings.seed, stage, step, processes.rank)
+        began = time.perf_counter()
+        figures = train_step(system, optimiser, batch, processes)
+        losses.append(float(figures["loss"]))  # waits for the device
+        times.append(time.perf_counter() - began)
+    memory = peak_memory(lambda: train_step(system, optimiser, batches[-1], processes), device)
+    return statistics.median(times[1:] or times), memory, losses
+
+
+def _distance(systems: Mapping[str, System]) -> float:
+    one, other = (system.network.state_dict() for system in systems.values())
+    return max(float((one[key].double() - other[key].double()).abs().max()) for key in one if one[key].numel())

@@ -1,0 +1,64 @@
+"""`wsss-ops evaluate`: the figures of a trained model."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from wsss_ops.training import checkpoints
+from wsss_ops.training.data import open_dataset
+from wsss_ops.training.processes import join_processes
+from wsss_ops.training.report import can_draw_curves, evaluate_and_report
+from wsss_ops.training.system import System
+from wsss_ops.training.train import SYSTEMS, load_ops
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.add_argument("--checkpoint", type=Path, required=True, help="model.pt, or the run folder that holds it")
+    parser.add_argument("--data", help="VOC-layout folder or zip; default: what the model was trained on")
+    parser.add_argument("--scales", type=float, nargs="+", help="image scales; default: those of its training run")
+    parser.add_argument("--panels", type=int, default=8, help="images shown in panels.png")
+    parser.add_argument("--out", type=Path, required=True, help="folder for metrics.json and pictures")
+    parser.add_argument("--ops", choices=("fused", "reference"), default="fused", help="which operators")
+    parser.add_argument("--check", choices=("auto", "headers", "full"), default="auto", help="of the data")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the parsed command; returns the exit status."""
+    try:
+        with join_processes(args.device) as processes:
+            system, classes = load_system(args.checkpoint, args.ops)
+            path = args.data or system.settings.data
+            data = {split: open_dataset(path, split, check=args.check) for split in ("dev", "val")}
+            if tuple(classes) != data["val"].classes:
+                raise ValueError(f"the model knows the classes {', '.join(classes)}; {path} has others")
+            system.network.to(processes.device)
+            scales = tuple(args.scales or system.settings.scales)
+            evaluate_and_report(
+                system, data["dev"], data["val"], scales, processes, args.out, panels=args.panels,
+                curve=can_draw_curves(processes), details={"checkpoint": str(args.checkpoint)},
+            )  # fmt: skip
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def load_system(path: Path, ops: str = "fused") -> tuple[System, tuple[str, ...]]:
+    """Loads a trained model from its file or run folder; returns it with its classes, background first.
+
+    Raises ValueError where there is none or it cannot be read.
+    """
+    file = path / checkpoints.MODEL if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist; a run writes it when its training is finished")
+    content = checkpoints.load(file)
+    if content.get("system") not in SYSTEMS:
+        raise ValueError(f"{file} is no model of {', '.join(SYSTEMS)}")
+    kind = SYSTEMS[content["system"]]
+    settings = kind.Settings(**content["settings"])
+    operators = load_ops(ops) if kind.uses_ops else None
+    system = kind(settings, len(content["classes"]), operators, pretrained=False)
+    system.network.load_state_dict(content["network"])
+    return system, tuple(content["classes"])

@@ -1,0 +1,133 @@
+"""Segmentation figures of CAMs at every background threshold at once."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from wsss_ops.training.data import VOID, Dataset
+from wsss_ops.training.inference import stream_cams
+from wsss_ops.training.processes import Processes
+from wsss_ops.training.system import System
+
+THRESHOLDS = torch.arange(101) / 100
+
+
+class ThresholdCounts:
+    """Pixel counts from which the confusion matrix of every background threshold follows.
+
+    A pixel is foreground, of its best class (first on ties), where that class's score exceeds the threshold. So one
+    histogram of the best score per (predicted, true) class holds all thresholds; no score is kept.
+    """
+
+    def __init__(self, num_classes: int, thresholds: Tensor = THRESHOLDS) -> None:
+        self.thresholds = thresholds.float()
+        self.num_classes = num_classes
+        # [number of thresholds below the score, best foreground class, true class]
+        self.counts = torch.zeros(len(thresholds) + 1, num_classes - 1, num_classes, dtype=torch.int64)
+
+    def add(self, scores: Tensor, mask: Tensor) -> None:
+        """scores [C-1, H, W] of the foreground classes; mask uint8 [H, W] with 255 for pixels that do not count."""
+        best, predicted = scores.float().max(0)
+        mask = mask.to(best.device)
+        known = mask != VOID
+        below = torch.bucketize(best[known], self.thresholds.to(best.device))
+        shape = self.counts.shape
+        cell = (below * shape[1] + predicted[known]) * shape[2] + mask[known].long()
+        self.counts += torch.bincount(cell, minlength=self.counts.numel()).view(shape).cpu()
+
+    def confusion(self) -> Tensor:
+        """int64 [T, C, C]: pixels by (threshold, predicted class, true class)."""
+        per_class = self.counts.sum(0)
+        background = self.counts.cumsum(0)[:-1]  # threshold j turns the bins up to j into background
+        return torch.cat([background.sum(1, keepdim=True), per_class - background], 1)
+
+
+def curves(confusion: Tensor, report_classes: Sequence[int]) -> dict[str, Tensor]:
+    """Figures per threshold from confusion [T, C, C] (predicted, true).
+
+    iou, class_precision, class_recall [T, C], NaN where a class has no such pixel. mIoU [T]: mean of iou over
+    report_classes. precision, recall [T]: right foreground pixels (of the right class) among those predicted, and
+    among those annotated foreground.
+    """
+    confusion = confusion.double()
+    hit = confusion.diagonal(dim1=1, dim2=2)
+    predicted, true = confusion.sum(2), confusion.sum(1)
+    iou = hit / (predicted + true - hit)
+    right = hit[:, 1:].sum(1)
+    return {
+        "iou": iou,
+        "class_precision": hit / predicted,
+        "class_recall": hit / true,
+        "mIoU": iou[:, list(report_classes)].nanmean(1),
+        "precision": right / predicted[:, 1:].sum(1),
+        "recall": right / true[:, 1:].sum(1),
+    }
+
+
+def count_pixels(system: System, dataset: Dataset, scales: Sequence[float], processes: Processes,
+                 title: str) -> ThresholdCounts:  # fmt: skip
+    """Runs CAM inference over a data set, every image once, shared among the processes; all get the same counts."""
+    counts = ThresholdCounts(len(dataset.classes))
+    indices = range(processes.rank, len(dataset), processes.count)
+    stream = stream_cams(system, dataset, indices, scales, processes.device)
+    for sample, cams in tqdm(stream, title, len(indices), disable=None if processes.is_main else True):
+        counts.add(cams, sample.mask)
+    counts.counts = processes.sum(counts.counts)
+    return counts
+
+
+def evaluate(system: System, development: Dataset, validation: Dataset, scales: Sequence[float],
+             processes: Processes) -> dict[str, Any]:  # fmt: skip
+    """Chooses the background threshold by mIoU on the development split and measures there and on validation.
+
+    Returns plain numbers and lists, ready for JSON; None stands for figures without pixels.
+    """
+    chosen = None
+    result: dict[str, Any] = {"scales": list(scales), "thresholds": [round(float(t), 4) for t in THRESHOLDS]}
+    for name, dataset in (("development", development), ("validation", validation)):
+        counts = count_pixels(system, dataset, scales, processes, f"CAMs of {name} images")
+        found = curves(counts.confusion(), dataset.report_classes)
+        if chosen is None:
+            chosen = int(found["mIoU"].nan_to_num(-1).argmax())
+            result["threshold"] = result["thresholds"][chosen]
+        per_class = {
+            label: {key: _plain(found[source][chosen, index]) for key, source in
+                    (("IoU", "iou"), ("precision", "class_precision"), ("recall", "class_recall"))}
+            for index, label in enumerate(dataset.classes)
+        }  # fmt: skip
+        result[name] = {
+            "images": len(dataset),
+            **{key: _plain(found[key][chosen]) for key in ("mIoU", "precision", "recall")},
+            "report_classes": [dataset.classes[index] for index in dataset.report_classes],
+            "classes": per_class,
+            "curve": {key: [_plain(value) for value in found[key]] for key in ("mIoU", "precision", "recall")},
+        }
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """The validation figures as text: reported classes, then the others that have pixels."""
+    figures = result["validation"]
+    reported = figures["report_classes"]
+    others = [name for name, row in figures["classes"].items() if name not in reported and row["recall"] is not None]
+    lines = [f"{'class':<16}{'IoU':>8}{'precision':>11}{'recall':>8}"]
+    for name in reported + others:
+        row = figures["classes"][name]
+        cells = ["-" if row[key] is None else f"{row[key]:.3f}" for key in ("IoU", "precision", "recall")]
+        mark = "" if name in reported else "  (not in the mean)"
+        lines.append(f"{name:<16}{cells[0]:>8}{cells[1]:>11}{cells[2]:>8}{mark}")
+    means = ["-" if figures[key] is None else f"{figures[key]:.4f}" for key in ("mIoU", "precision", "recall")]
+    lines += [
+        f"mIoU {means[0]} over {len(reported)} classes; foreground pixels: precision {means[1]}, recall {means[2]}",
+        f"{figures['images']} validation images, background threshold {result['threshold']:.2f} chosen on "
+        f"{result['development']['images']} development images (mIoU there {result['development']['mIoU'] or 0:.4f})",
+    ]
+    return "\n".join(lines)
+
+
+def _plain(value: Tensor) -> float | None:
+    return None if math.isnan(value) else round(float(value), 6)

@@ -1,0 +1,61 @@
+"""CAMs over image scales and flips."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from wsss_ops.training.batches import normalize
+from wsss_ops.training.data import Dataset, Sample
+from wsss_ops.training.system import System, autocast
+
+
+@torch.no_grad()
+def infer_cams(system: System, images: Tensor, tags: Tensor, scales: Sequence[float], flip: bool = True) -> Tensor:
+    """images uint8 [N, 3, H, W], tags bool [N, C-1] -> CAMs float32 [N, C-1, H, W] in 0..1, zero where not tagged.
+
+    Per scale and flip: relu of the system's CAM, resized to the image. Their sum, masked by the tags, is divided by
+    its maximum per map + 1e-5. The network must be in eval mode.
+    """
+    height, width = images.shape[2:]
+    stride = system.stride
+    pictures = normalize(images)
+    total = torch.zeros(len(images), tags.shape[1], height, width, device=images.device)
+    for scale in scales:
+        # On stride * k + 1 pixels the corners of map and image coincide, so the CAM is not shifted (see backbones.py).
+        size = [stride * max(1, round((side - 1) * scale / stride)) + 1 for side in (height, width)]
+        scaled = F.interpolate(pictures, size, mode="bilinear", align_corners=True)
+        views = torch.cat([scaled, scaled.flip(-1)]) if flip else scaled
+        with autocast(images.device):
+            cams = system.cam(views.contiguous(memory_format=torch.channels_last))
+        cams = cams.float().relu()
+        if flip:
+            cams = cams[: len(images)] + cams[len(images) :].flip(-1)
+        total += F.interpolate(cams, (height, width), mode="bilinear", align_corners=True)
+    total *= tags[:, :, None, None]
+    return total / (total.amax((2, 3), keepdim=True) + 1e-5)
+
+
+def equal_sizes(dataset: Dataset, indices: Sequence[int], batch_size: int) -> Iterator[list[Sample]]:
+    """The samples in order, in lists of consecutive ones of equal size, at most batch_size each."""
+    waiting: list[Sample] = []
+    for index in indices:
+        sample = dataset[index]
+        if waiting and (len(waiting) == batch_size or sample.image.shape != waiting[0].image.shape):
+            yield waiting
+            waiting = []
+        waiting.append(sample)
+    if waiting:
+        yield waiting
+
+
+def stream_cams(
+    system: System, dataset: Dataset, indices: Sequence[int], scales: Sequence[float], device: torch.device
+) -> Iterator[tuple[Sample, Tensor]]:
+    """Yields each sample with its CAMs [C-1, H, W] on device. Memory is that of one batch, whatever the data set."""
+    system.network.eval()
+    # Small maps leave a GPU idle; a CPU gains nothing from more than an image and its flip.
+    for samples in equal_sizes(dataset, indices, 8 if device.type == "cuda" else 1):
+        images, tags = (torch.stack([getattr(s, part) for s in samples]).to(device) for part in ("image", "tags"))
+        yield from zip(samples, infer_cams(system, images, tags, scales), strict=True)

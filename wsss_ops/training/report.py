@@ -1,0 +1,61 @@
+"""What an evaluation leaves: a table on the terminal, metrics.json, a curve and panels."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wsss_ops.training import checkpoints
+from wsss_ops.training.data import Dataset
+from wsss_ops.training.evaluation import evaluate, table
+from wsss_ops.training.inference import stream_cams
+from wsss_ops.training.pictures import Row, has_matplotlib, save_curve, save_panels
+from wsss_ops.training.processes import Processes
+from wsss_ops.training.system import System
+
+CURVE, PANELS = "curve.png", "panels.png"
+
+
+def can_draw_curves(processes: Processes) -> bool:
+    """Whether matplotlib is there; where not, says so, and how to get it. Ask before long work."""
+    found = has_matplotlib()
+    if not found:
+        processes.print(f"{CURVE} will be left out: it needs matplotlib (pip install matplotlib)")
+    return found
+
+
+def evaluate_and_report(
+    system: System, development: Dataset, validation: Dataset, scales: tuple[float, ...], processes: Processes,
+    out: Path, *, panels: int, curve: bool, details: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Evaluates, prints the table and writes metrics.json (with details added), curve and panels into out."""
+    result = details | evaluate(system, development, validation, scales, processes)
+    if processes.is_main:
+        print(table(result))
+        out.mkdir(parents=True, exist_ok=True)
+        if curve:
+            figures = result["validation"]["curve"]
+            lines = {name: [float("nan") if v is None else v for v in values] for name, values in figures.items()}
+            save_curve(out / CURVE, result["thresholds"], lines, result["threshold"], "CAM on validation images")
+        if panels > 0:
+            rows = panel_rows(system, validation, panels, scales, result["threshold"], processes)
+            save_panels(out / PANELS, rows, validation.classes)
+        # Last, because its presence says that the run is finished.
+        checkpoints.write_json(out / checkpoints.METRICS, result)
+        written = [checkpoints.METRICS, *[CURVE] * curve, *[PANELS] * (panels > 0)]
+        print(f"written to {out}: {', '.join(written)}")
+    processes.wait()
+    return result
+
+
+def panel_rows(system: System, dataset: Dataset, count: int, scales: tuple[float, ...], threshold: float,
+               processes: Processes) -> list[Row]:  # fmt: skip
+    """Photo, annotation, CAM and prediction of count images evenly spread over the data set."""
+    indices = [round((k + 0.5) * len(dataset) / count - 0.5) for k in range(min(count, len(dataset)))]
+    rows = []
+    for sample, cams in stream_cams(system, dataset, indices, scales, processes.device):
+        scores = torch.cat([torch.full_like(cams[:1], threshold), cams]).cpu()
+        names = [dataset.classes[int(index) + 1] for index in sample.tags.nonzero()]
+        title = f"{sample.name}: {', '.join(names)}"
+        rows.append(Row(sample.image, sample.mask, scores[1:], scores.argmax(0).byte(), title))
+    return rows

@@ -1,0 +1,85 @@
+"""Settings of a training run: one dataclass gives the command line, the record in the run folder and the defaults."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from wsss_ops.training.backbones import BACKBONES
+
+
+def option(
+    kind: Callable[[str], Any], default: Any, help: str, *, choices: tuple[Any, ...] | None = None,
+    nargs: str | None = None,
+) -> Any:  # fmt: skip
+    """A dataclass field that is also a command-line option: what argparse needs to know of it."""
+    metadata = {"type": kind, "help": help, "choices": choices, "nargs": nargs}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What decides the figures of a run, common to all systems.
+
+    A field that is given as None takes the default of the backbone.
+    """
+
+    data: str | None = option(str, None, "VOC-layout folder or zip; default: the generated scenes")
+    seed: int = option(int, 0, "seed of weights, data order and augmentation")
+    backbone: str = option(str, None, "default: efficientnet_lite0, for generated scenes tiny", choices=BACKBONES)
+    weights: str | None = option(str, None, "state dict file of the backbone")
+    output_stride: int = option(int, None, "pixels per feature")
+    epochs: int = option(int, None, "passes over the training images")
+    batch_size: int = option(int, 16, "images per step, over all processes")
+    size: int = option(int, None, "side of the training crops in pixels")
+    tune_blocks: int = option(int, None, "last blocks of the backbone that are trained, -1 for all")
+    lr: float = option(float, None, "learning rate of the layers behind the backbone")
+    backbone_lr: float = option(float, None, "learning rate of the backbone")
+    weight_decay: float = option(float, 1e-4, "weight decay")
+    scales: tuple[float, ...] = option(float, None, "image scales of CAM inference, each with its flip", nargs="+")
+
+    def __post_init__(self) -> None:
+        if self.backbone is None:
+            object.__setattr__(self, "backbone", "tiny" if self.data is None else "efficientnet_lite0")
+        for name, value in _DEFAULTS[self.backbone].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for name in ("epochs", "batch_size", "size", "lr"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not self.scales or min(self.scales) <= 0:
+            raise ValueError(f"scales must be one or more numbers above 0, got {self.scales}")
+
+
+_PRETRAINED: dict[str, Any] = {
+    "output_stride": 16, "epochs": 8, "size": 256, "tune_blocks": 6, "lr": 1e-3, "backbone_lr": 1e-4,
+    "scales": (0.5, 1.0, 1.5, 2.0),
+}  # fmt: skip
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "efficientnet_lite0": _PRETRAINED,
+    "resnet18": _PRETRAINED | {"tune_blocks": 4},
+    "resnet50": _PRETRAINED | {"tune_blocks": 9},
+    "tiny": {"output_stride": 8, "epochs": 12, "size": 96, "tune_blocks": -1, "lr": 2e-3, "backbone_lr": 2e-3,
+             "scales": (1.0,)},
+}  # fmt: skip
+
+S = TypeVar("S", bound=Settings)
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: type[Settings]) -> None:
+    """Adds an option for every field of a settings class."""
+    for field in dataclasses.fields(settings):
+        default = "" if field.default is None else f" (default: {field.default})"
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type=field.metadata["type"], nargs=field.metadata["nargs"],
+            default=field.default, choices=field.metadata["choices"], help=field.metadata["help"] + default,
+        )  # fmt: skip
+
+
+def read_settings(args: argparse.Namespace, settings: type[S]) -> S:
+    """Makes the settings from parsed arguments. Raises ValueError for values out of range."""
+    names = [field.name for field in dataclasses.fields(settings)]
+    values: dict[str, Any] = {name: getattr(args, name) for name in names}
+    values["scales"] = values["scales"] and tuple(values["scales"])
+    return settings(**values)

@@ -1,0 +1,61 @@
+"""What a training system is: a network, its stages, its loss, and the CAM that inference reads from it."""
+
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from wsss_ops.training.batches import Batch
+from wsss_ops.training.settings import Settings
+
+
+class Stage(NamedTuple):
+    """A part of training with its own trainable parameters, optimiser and learning-rate schedule."""
+
+    name: str
+    epochs: int
+
+
+class System:
+    """Base of the systems; `cam.py` is the model to copy.
+
+    settings: an instance of the class's Settings. num_classes counts the background. ops: `wsss_ops`,
+    `wsss_ops.reference`, or None where uses_ops is false. State beside parameters goes into buffers or extra state of
+    network, which checkpoints save.
+    """
+
+    Settings: ClassVar[type[Settings]] = Settings
+    uses_ops: ClassVar[bool] = True
+    network: nn.Module
+    settings: Any
+
+    def __init__(self, settings: Any, num_classes: int, ops: ModuleType | None, *, pretrained: bool = True) -> None:
+        raise NotImplementedError
+
+    def stages(self) -> list[Stage]:
+        """The stages in order."""
+        raise NotImplementedError
+
+    def enter(self, stage: int) -> list[dict[str, Any]]:
+        """Prepares a stage (which parameters learn) and returns its optimiser groups, each with its lr."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of this process's share of a batch, and figures to show (scalars, detached)."""
+        raise NotImplementedError
+
+    def cam(self, images: Tensor) -> Tensor:
+        """images [N, 3, H, W] normalised, H and W of stride * k + 1 pixels -> scores [N, C-1, h, w] before relu."""
+        raise NotImplementedError
+
+    @property
+    def stride(self) -> int:
+        """Pixels per CAM cell."""
+        raise NotImplementedError
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 arithmetic on GPUs that have it, float32 elsewhere."""
+    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

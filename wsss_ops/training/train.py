@@ -1,0 +1,132 @@
+"""`wsss-ops train SYSTEM`: training, resumption and the evaluation at the end."""
+
+import argparse
+import dataclasses
+import importlib
+import os
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from wsss_ops.training import checkpoints
+from wsss_ops.training.batches import TrainingBatches
+from wsss_ops.training.cam import CamSystem
+from wsss_ops.training.comparison import compare
+from wsss_ops.training.data import fingerprint, open_dataset
+from wsss_ops.training.evaluation import table
+from wsss_ops.training.loop import Training, seed_everything
+from wsss_ops.training.processes import Processes, join_processes
+from wsss_ops.training.report import can_draw_curves, evaluate_and_report
+from wsss_ops.training.settings import Settings, add_settings, read_settings
+from wsss_ops.training.system import System
+
+SYSTEMS: dict[str, type[System]] = {"cam": CamSystem}
+OPS = ("fused", "reference", "both")
+
+
+def load_ops(name: str) -> ModuleType:
+    """The operators by the name given to --ops; "both" trains with the fused ones."""
+    return importlib.import_module("wsss_ops.reference" if name == "reference" else "wsss_ops")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the systems and their options."""
+    systems = parser.add_subparsers(dest="system", required=True, metavar="SYSTEM")
+    for name, system in SYSTEMS.items():
+        options = systems.add_parser(name, help=(system.__doc__ or "").splitlines()[0])
+        options.add_argument("--out", type=Path, required=True, help="run folder; the same command again resumes")
+        add_settings(options, system.Settings)
+        options.add_argument("--ops", choices=OPS, default="fused", help="which operators; both compares them first")
+        options.add_argument("--no-evaluation", action="store_true", help="leave the evaluation at the end out")
+        options.add_argument("--panels", type=int, default=8, help="images shown in panels.png")
+        options.add_argument("--check", choices=("auto", "headers", "full"), default="auto", help="of the data")
+        options.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+        options.add_argument("--workers", type=int, help="processes that read images (default: by CPU cores)")
+        options.add_argument("--save-every", type=float, default=60, help="seconds between checkpoints")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the parsed command; returns the exit status."""
+    try:
+        settings = read_settings(args, SYSTEMS[args.system].Settings)
+        with join_processes(args.device) as processes:
+            run(
+                args.system, settings, args.out, processes, ops=args.ops, evaluation=not args.no_evaluation,
+                panels=args.panels, check=args.check, workers=args.workers, save_every=args.save_every,
+            )  # fmt: skip
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(
+    name: str, settings: Settings, out: Path, processes: Processes, *, ops: str = "fused", evaluation: bool = True,
+    panels: int = 8, check: str = "auto", workers: int | None = None, save_every: float = 60,
+) -> dict[str, Any] | None:  # fmt: skip
+    """Trains a system into the folder out, or resumes there, and evaluates it; returns the content of metrics.json.
+
+    A finished run prints its figures and does nothing. Raises ValueError for data that are not in order and where out
+    holds a run with other settings.
+    """
+    data = {split: open_dataset(settings.data, split, check=check) for split in ("train", "dev", "val")}
+    record = dataclasses.asdict(settings) | {
+        "system": name,
+        "ops": "reference" if ops == "reference" else "fused",
+        "data": settings.data and str(Path(settings.data).resolve()),
+        "training_images": fingerprint(data["train"]),
+    }
+    batches = TrainingBatches(
+        data["train"], size=settings.size, batch_size=settings.batch_size, seed=settings.seed,
+        workers=_default_workers(processes) if workers is None else workers, processes=processes,
+    )  # fmt: skip
+    checkpoints.claim(out, record, write=processes.is_main)
+    if (out / checkpoints.METRICS).exists():
+        result = checkpoints.read_json(out / checkpoints.METRICS)
+        processes.print(f"{out} is finished:\n{table(result)}")
+        return result
+    curve = evaluation and can_draw_curves(processes)
+    system = _build(name, settings, len(data["train"].classes), ops)
+    if ops == "both" and system.uses_ops and not (out / checkpoints.CHECKPOINT).exists():
+        steps = [batch for batch, _ in zip(batches.epoch(0), range(5), strict=False)]
+        pair = {kind: _build(name, settings, len(data["train"].classes), kind) for kind in ("reference", "fused")}
+        processes.print(compare(pair, steps, processes))
+    training = Training(system, batches, processes, out, save_every)
+    training.run()
+    if processes.is_main:
+        content = {"system": name, "settings": dataclasses.asdict(settings), "classes": data["train"].classes}
+        checkpoints.save(out / checkpoints.MODEL, content | {"network": system.network.state_dict()})
+    processes.print(f"trained in {training.seconds:.0f} s; model in {out / checkpoints.MODEL}")
+    if not evaluation:
+        return None
+    details = {"run": record, "training_seconds": round(training.seconds, 1)}
+    began = time.monotonic()
+    result = evaluate_and_report(
+        system, data["dev"], data["val"], settings.scales, processes, out, panels=panels, curve=curve, details=details
+    )
+    processes.print(f"evaluated in {time.monotonic() - began:.0f} s")
+    return result
+
+
+def _build(name: str, settings: Settings, num_classes: int, ops: str) -> System:
+    seed_everything(settings.seed)
+    kind = SYSTEMS[name]
+    return kind(settings, num_classes, load_ops(ops) if kind.uses_ops else None)
+
+
+def _default_workers(processes: Processes) -> int:
+    cores = len(os.sched_getaffinity(0)) // processes.count
+    return 8 if cores >= 16 else cores // 2
+
+
+def train_on_scenes(out: Path, *, seed: int = 0) -> dict[str, Any]:
+    """Trains CAM on the generated scenes with its defaults, about a minute on two cores.
+
+    Returns the content of the metrics.json that it leaves in out with the pictures.
+    """
+    with join_processes() as processes:
+        result = run("cam", Settings(seed=seed), out, processes)
+    assert result is not None
+    return result
