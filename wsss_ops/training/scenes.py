@@ -46,7 +46,7 @@ SHARED_FEATURES = {"fox": "dog", "goose": "duck", "tram": "bus"}  # rare class: 
 CONTEXT = {"duck": "water", "goose": "water", "bus": "road", "train": "rails", "tram": "rails"}
 
 _SCENES = {"train": 800, "dev": 160, "val": 240}  # by default
-_WEIGHTS = dict(zip(CLASSES[1:], (30.0, 26.0, 22.0, 16.0, 13.0, 5.0, 5.0, 4.0), strict=True))  # long-tailed
+_WEIGHTS = dict(zip(CLASSES[1:], (30.0, 26.0, 22.0, 16.0, 13.0, 6.0, 6.0, 5.0), strict=True))  # long-tailed
 _FAMILY_AFFINITY = 2.0  # how much more often a further class comes from the family of the first
 _CONTEXT_WITH, _CONTEXT_WITHOUT = 0.9, 0.06  # P(context | a class of it in the image), P(context | none)
 
