@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# Compilers that trace with dynamic shapes pass symbols.
-WHOLE: tuple[type, ...] = (int, torch.SymInt)
 
 
 def check_tensor(name: str, value: object, dims: str, dtypes: Sequence[torch.dtype]) -> None:
@@ -30,11 +28,13 @@ def check_tensor(name: str, value: object, dims: str, dtypes: Sequence[torch.dty
 
 
 def check_int(name: str, value: Any, minimum: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, WHOLE):
+    # Compilers that trace with dynamic shapes pass symbols.
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return value
+    whole = cast(int, value)
+    if whole < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {whole}")
+    return whole
 
 
 def check_pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
