@@ -149,7 +149,7 @@ class NinjaFile:
         self.link("_cpu", objects)
 
     def add_emulated(self) -> None:
-        flags = "-DWSSS_EMULATED=1 -DWSSS_BACKEND_EMULATED=1 -DWSSS_MODULE=_emulated -O1 -g"
+        flags = "-DWSSS_EMULATED=1 -DWSSS_BACKEND_EMULATED=1 -DWSSS_MODULE=_emulated -O1 -g -Wno-unknown-pragmas"
         sources = [CSRC / "bindings.cpp", *sorted((CSRC / "emulation").glob("*.cpp"))]
         sources += [CSRC / operator / "cuda.cu" for operator in OPERATORS]
         self.link("_emulated", [self.compile(source, "emulated", f"{flags} -x c++") for source in sources])

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 
+def header(results: dict[str, Any]) -> str:
+    return "\n".join(f"{name + ':':14} {fact}" for name, fact in results["environment"].items())
+
+
 def table(results: dict[str, Any]) -> str:
-    lines = [f"{name + ':':14} {fact}" for name, fact in results["environment"].items()]
-    lines.append(
-        f"{'timing:':14} {results['rounds']} interleaved rounds on {results['device']}, medians; ratios by round"
-    )
+    lines = [f"{results['rounds']} interleaved rounds on {results['device']}: medians, and the median of ratios by round"]
     for case in results["cases"]:
         lines += ["", f"{case['name']}: {case['work']}"]
         lines.append(f"  {'':20}{'ms':>9}{'10% - 90%':>18}{'x floor':>9}{'GB/s':>8}{'peak MB':>9}")

@@ -16,7 +16,7 @@ from wsss_ops.info import environment, missing
 
 from .cases import CASES, OPERATORS, OVERHEADS, Case
 from .measure import host_overhead, interleaved, peak_memory
-from .report import plot, table
+from .report import header, plot, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +40,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         check_matplotlib()
     results = run(torch.device(device), arguments.op or OPERATORS, arguments.rounds, not arguments.no_compile)
+    print(header(results))
     print(table(results))
     if arguments.out is not None:
         partial = arguments.out.with_name(arguments.out.name + ".partial")

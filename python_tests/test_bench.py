@@ -1,0 +1,89 @@
+"""The benchmark's instruments on functions whose answers are known, and its command."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from wsss_ops.__main__ import main
+from wsss_ops.bench import cases, measure, runner
+
+CPU = torch.device("cpu")
+
+
+def test_interleaved_takes_turns_and_takes_the_first_as_floor() -> None:
+    order = []
+
+    def slow() -> None:
+        order.append("slow")
+        time.sleep(0.004)
+
+    def fast() -> None:
+        order.append("fast")
+
+    timings = measure.interleaved({"slow": slow, "fast": fast}, CPU, rounds=6)
+    assert order[-12:] == ["slow", "fast"] * 6
+    assert timings["slow"].ratio == 1
+    assert timings["fast"].ratio < 1
+    assert 0.004 <= timings["slow"].low <= timings["slow"].median <= timings["slow"].high
+
+
+def test_peak_memory_counts_what_is_freed_within() -> None:
+    def function() -> torch.Tensor:
+        temporary = torch.ones(1000, 1000)
+        result = temporary.sum(0)
+        del temporary
+        return result
+
+    assert measure.peak_memory(function, CPU) == 4_000_000 + 4_000
+    assert measure.peak_memory(lambda: None, CPU) == 0
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    small = cases.patch_case("small", "cpu", (1, 4, 8, 8), (2, 2), "split", channels_last=True)
+    monkeypatch.setattr(runner, "CASES", [small])
+    out, picture = tmp_path / "results.json", tmp_path / "plot.png"
+    options = ["--device", "cpu", "--rounds", "5", "--no-compile", "--out", str(out), "--plot", str(picture)]
+    assert main(["bench", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "small split channels_last: N1 D4 8x8 fp32, grid 2x2" in printed
+    results = json.loads(out.read_text())
+    figures = results["cases"][0]["functions"]
+    assert list(figures) == ["floor: clone", "wsss_ops", "reference"]
+    assert figures["wsss_ops"]["peak_bytes"] == 4 * 4 * 64
+    assert figures["reference"]["median_ms"] > 0
+    assert results["host_overhead_us"]["patch_split"]["wsss_ops"] > 0
+    assert "processor" in results["environment"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plot.png", "results.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rounds", "4"], "--rounds must be at least 5, got 4"),
+        (["--out", "/nowhere/results.json"], "--out: there is no folder /nowhere"),
+        (["--plot", "/nowhere/plot.png"], "--plot: there is no folder /nowhere"),
+    ],
+)
+def test_bad_options_are_refused_before_measuring(
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "run", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit, match=message):
+        main(["bench", "--device", "cpu", *options])
+
+
+def test_every_case_builds_what_it_names() -> None:
+    """At its real size, without timing: every function of every CPU case runs, the first is the floor."""
+    for case in cases.CASES:
+        if case.device == "cpu":
+            functions = dict(case.build(CPU, False))
+            assert next(iter(functions)).startswith("floor"), case.name
+            assert "wsss_ops" in functions
+            for function in functions.values():
+                function()
