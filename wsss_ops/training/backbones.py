@@ -154,13 +154,17 @@ class EfficientNetLite0(Backbone):
 
 
 class _Bottleneck(nn.Module):
+    """dilations: of a 3x3 convolution in the place of the strided one, and of one behind it (here there is none)."""
+
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int, dilation: int, downsample: nn.Module | None) -> None:
+    def __init__(
+        self, inputs: int, width: int, stride: int, dilations: tuple[int, int], downsample: nn.Module | None
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, dilation, dilation, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, dilations[0], dilations[0], bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, width * 4, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(width * 4)
@@ -176,11 +180,13 @@ class _Bottleneck(nn.Module):
 class _BasicBlock(nn.Module):
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int, dilation: int, downsample: nn.Module | None) -> None:
+    def __init__(
+        self, inputs: int, width: int, stride: int, dilations: tuple[int, int], downsample: nn.Module | None
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, width, 3, stride, dilation, dilation, bias=False)
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, dilations[0], dilations[0], bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, dilation, dilation, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, dilations[1], dilations[1], bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.downsample = downsample
 
@@ -208,11 +214,13 @@ class ResNet(Backbone):
             layer = nn.Sequential()
             for repeat in range(count):
                 stride = 2 if repeat == 0 and number > 0 and not dilated else 1
+                # What follows the stride that is left out sees every second pixel; what precedes it, every one.
+                dilations = (2 if dilated and repeat else 1, 2 if dilated else 1)
                 downsample = None
                 if stride > 1 or channels != width * block.expansion:
                     downsample = nn.Sequential(nn.Conv2d(channels, width * block.expansion, 1, stride, bias=False),
                                                nn.BatchNorm2d(width * block.expansion))  # fmt: skip
-                layer.append(block(channels, width, stride, 2 if dilated and repeat else 1, downsample))
+                layer.append(block(channels, width, stride, dilations, downsample))
                 channels = width * block.expansion
             self.add_module(f"layer{number + 1}", layer)
             self.blocks += layer
@@ -224,7 +232,7 @@ class ResNet(Backbone):
 
 
 class TinyNet(Backbone):
-    """A small residual net for the generated scenes, below half a million parameters, output stride 8 or 16.
+    """A small net for the generated scenes, below half a million parameters, output stride 8 or 16.
 
     GroupNorm, so that it neither depends on the batch nor has statistics to share between processes.
     """

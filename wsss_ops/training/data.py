@@ -194,10 +194,11 @@ class VocDataset:
             raise ValueError("the training list needs at least two images, one of them for the development split")
         return ids[-held_out:] if split == "dev" else ids[:-held_out]
 
-    def _decode(self, file: str) -> Image.Image:
+    def _decode(self, file: str, *, pixels: bool = True) -> Image.Image:
         try:
             picture = Image.open(io.BytesIO(self._files.read(file)))
-            picture.load()
+            if pixels:
+                picture.load()
         except (OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"{self._files.location(file)} cannot be decoded: {error}") from error
         return picture
@@ -219,13 +220,10 @@ class VocDataset:
             if not self._files.exists(file):
                 return f"{self._files.location(file)} is missing"
         try:
-            if full:
-                size, other = self._decode(files[0]).size, self._mask(name).shape[::-1]
-            else:
-                size, other = (Image.open(io.BytesIO(self._files.read(file))).size for file in files)
-        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:
-            named = isinstance(error, ValueError)
-            return str(error) if named else f"photo or mask of {name} cannot be opened: {error}"
+            size = self._decode(files[0], pixels=full).size
+            other = self._mask(name).shape[::-1] if full else self._decode(files[1], pixels=False).size
+        except ValueError as error:
+            return str(error)
         if size != other:
             return f"{self._files.location(files[1])}: mask is {other[0]}x{other[1]}, photo {size[0]}x{size[1]}"
         return None

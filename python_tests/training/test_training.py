@@ -1,0 +1,344 @@
+"""Runs: resumption, settings, several processes, comparison of operators, the command line."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from training.systems import TwoStages
+from training.voc_folder import make_voc
+
+from wsss_ops.training import checkpoints, evaluate, train
+from wsss_ops.training.batches import Batch, TrainingBatches
+from wsss_ops.training.cam import CamSystem
+from wsss_ops.training.comparison import compare, peak_memory
+from wsss_ops.training.data import open_dataset
+from wsss_ops.training.loop import Training
+from wsss_ops.training.processes import Processes
+from wsss_ops.training.settings import Settings
+
+FUSED = SimpleNamespace(scale=lambda x: x * 2)
+REFERENCE = SimpleNamespace(scale=lambda x: x + x)
+WRONG = SimpleNamespace(scale=lambda x: x * 2.5)
+
+RUNNER = """
+import argparse, sys
+from wsss_ops.training import train
+parser = argparse.ArgumentParser()
+train.add_arguments(parser)
+sys.exit(train.main(parser.parse_args(sys.argv[1:])))
+"""
+QUICK = ["--backbone", "tiny", "--epochs", "3", "--size", "32", "--batch-size", "4", "--workers", "0",
+         "--device", "cpu", "--panels", "2"]  # fmt: skip
+ROOT = str(Path(__file__).resolve().parents[2])
+ENVIRONMENT = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory):
+    return make_voc(tmp_path_factory.mktemp("voc"))
+
+
+def command(voc, out, *more):
+    return [sys.executable, "-c", RUNNER, "cam", "--data", str(voc), "--out", str(out), *QUICK, *more]
+
+
+def metrics(out):
+    """What a run found, without what may differ: its times and its folder."""
+    content = json.loads((out / "metrics.json").read_text())
+    return {key: value for key, value in content.items() if key != "training_seconds"}
+
+
+@pytest.fixture(scope="module")
+def unbroken(voc, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "unbroken"
+    done = subprocess.run(command(voc, out), env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_a_run_leaves_model_figures_and_pictures(unbroken):
+    out, printed = unbroken
+    assert {file.name for file in out.iterdir()} == {
+        "settings.json", "checkpoint.pt", "model.pt", "metrics.json", "curve.png", "panels.png",
+    }  # fmt: skip
+    assert "mIoU" in printed
+    assert 0 < metrics(out)["validation"]["mIoU"] <= 1
+
+
+def test_a_killed_run_resumes_to_the_figures_of_an_unbroken_one(voc, unbroken, tmp_path):
+    out = tmp_path / "killed"
+    checkpoint = out / "checkpoint.pt"
+    run = subprocess.Popen(command(voc, out, "--save-every", "0"), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    limit = time.monotonic() + 60
+    while time.monotonic() < limit:  # until a checkpoint within the second epoch is there
+        if checkpoint.exists() and torch.load(checkpoint, weights_only=True)["position"] >= (0, 1, 1):
+            break
+        assert run.poll() is None, "the run ended before it was killed"
+        time.sleep(0.002)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert torch.load(checkpoint, weights_only=True)["position"] < (0, 3, 0)
+    assert not (out / "metrics.json").exists()
+    done = subprocess.run(command(voc, out), env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "resuming" in done.stdout
+    assert metrics(out) == metrics(unbroken[0])
+    one, other = (torch.load(folder / "model.pt", weights_only=True)["network"] for folder in (out, unbroken[0]))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_two_processes_agree_with_one(voc, unbroken, tmp_path):
+    out = tmp_path / "two"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = tmp_path / "runner.py"
+    script.write_text(RUNNER)
+    arguments = command(voc, out)[3:]
+    done = subprocess.run(
+        [*launcher, str(script), *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained in") == 1  # only one process prints
+    one, two = metrics(unbroken[0]), metrics(out)
+    assert two["validation"]["images"] == 12
+    for key in ("mIoU", "precision", "recall"):
+        assert abs(one["validation"][key] - two["validation"][key]) < 0.01
+    models = [torch.load(folder / "model.pt", weights_only=True)["network"] for folder in (unbroken[0], out)]
+    for key in models[0]:
+        torch.testing.assert_close(models[0][key], models[1][key], rtol=1e-3, atol=1e-4)
+
+
+TWO_RANKS = """
+import sys, torch
+from torch import nn
+from wsss_ops.training.cam import CamSystem
+from wsss_ops.training.data import open_dataset
+from wsss_ops.training.evaluation import count_pixels
+from wsss_ops.training.processes import Processes, join_processes
+from wsss_ops.training.settings import Settings
+with join_processes("cpu") as processes:
+    torch.manual_seed(processes.rank)
+    layer = nn.Linear(3, 2).to(torch.float64)
+    processes.share_state(layer)
+    layer(torch.full((1, 3), 1.0 + processes.rank, dtype=torch.float64)).sum().backward()
+    if processes.rank == 0:
+        layer.bias.grad = None
+    processes.average_gradients(layer.parameters())
+    assert torch.equal(layer.weight.grad, torch.full((2, 3), 1.5, dtype=torch.float64))
+    assert torch.equal(layer.bias.grad, torch.full((2,), 0.5, dtype=torch.float64))
+    weights = layer.weight.detach().clone()
+    total = processes.sum(weights)
+    assert torch.equal(total, weights * 2), "share_state left the processes with different parameters"
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    settings = Settings(data=sys.argv[1], backbone="tiny")
+    system, data = CamSystem(settings, 21), open_dataset(sys.argv[1], "val")
+    shared = count_pixels(system, data, (1.0,), processes, "shared")
+    alone = count_pixels(system, data, (1.0,), Processes(), "alone")
+    assert torch.equal(shared.counts, alone.counts)
+    print("agreed")
+"""
+
+
+def test_sums_over_processes_equal_those_of_one(voc, tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(TWO_RANKS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, str(script), str(voc)], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("agreed") == 2
+
+
+def parse(voc, out, *more):
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    return parser.parse_args(command(voc, out, *more)[3:])
+
+
+def test_a_finished_run_prints_its_figures_and_does_nothing(voc, unbroken, capsys):
+    out, _ = unbroken
+    before = {file: file.stat().st_mtime_ns for file in out.iterdir()}
+    assert train.main(parse(voc, out)) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == before
+
+
+def test_other_settings_are_an_error_that_names_them(voc, unbroken, capsys):
+    out, _ = unbroken
+    before = {file: file.stat().st_mtime_ns for file in out.iterdir()}
+    assert train.main(parse(voc, out, "--lr", "0.5", "--seed", "7")) == 2
+    message = capsys.readouterr().err
+    assert "seed: 0 there, 7 now" in message
+    assert "lr: 0.002 there, 0.5 now" in message
+    assert "epochs" not in message
+    assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == before
+
+
+def test_a_folder_of_something_else_is_left_alone(voc, tmp_path, capsys):
+    (tmp_path / "model.pt").write_text("precious")
+    assert train.main(parse(voc, tmp_path)) == 2
+    assert "holds model.pt" in capsys.readouterr().err
+    assert (tmp_path / "model.pt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--epochs", "0"], "epochs must be"),
+        (["--scales", "0"], "scales must be"),
+        (["--batch-size", "17"], "batch_size must be"),
+        (["--output-stride", "32"], "output_stride of tiny"),
+        (["--weights", "absent.pth"], "absent.pth cannot be loaded"),
+        (["--tune-blocks", "99"], "tuned blocks must be"),
+    ],
+)
+def test_bad_options_leave_nothing_behind(voc, tmp_path, capsys, more, message):
+    assert train.main(parse(voc, tmp_path / "run", *more)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_evaluate_repeats_the_figures_of_training(voc, unbroken, tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    arguments = ["--checkpoint", str(unbroken[0]), "--out", str(tmp_path), "--panels", "0", "--device", "cpu"]
+    assert evaluate.main(parser.parse_args(arguments)) == 0
+    assert abs(metrics(tmp_path)["validation"]["mIoU"] - metrics(unbroken[0])["validation"]["mIoU"]) < 1e-3
+    assert not (tmp_path / "panels.png").exists()
+    assert "mIoU" in capsys.readouterr().out
+
+
+def test_evaluate_tells_what_it_cannot_load(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    for checkpoint, message in ((tmp_path, "model.pt does not exist"), (tmp_path / "x.pt", "cannot be loaded")):
+        (tmp_path / "x.pt").write_bytes(b"nonsense")
+        arguments = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
+        assert evaluate.main(parser.parse_args(arguments)) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_without_matplotlib_the_curve_is_left_out_and_training_says_so_first(voc, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("wsss_ops.training.report.has_matplotlib", lambda: False)
+    assert train.main(parse(voc, tmp_path / "run", "--epochs", "1")) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("pip install matplotlib") < printed.index("trained in")
+    assert not (tmp_path / "run" / "curve.png").exists()
+    assert (tmp_path / "run" / "panels.png").exists()
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.pt"
+    checkpoints.save(path, {"value": 1})
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.write_atomic(path, fail)
+    assert checkpoints.load(path) == {"value": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["x.pt"]
+
+
+def toy_batches(voc, processes=Processes()):  # noqa: B008
+    return TrainingBatches(open_dataset(voc, "train"), size=16, batch_size=4, seed=0, workers=0, processes=processes)
+
+
+@pytest.mark.parametrize("stop", [(0, 1, 2), (1, 0, 0), (1, 0, 3)])
+def test_stages_resume_where_they_stopped(voc, tmp_path, stop, monkeypatch):
+    def fresh():
+        torch.manual_seed(0)
+        return TwoStages(Settings(data=str(voc), backbone="tiny"), 21, FUSED)
+
+    whole = fresh()
+    (tmp_path / "whole").mkdir()
+    Training(whole, toy_batches(voc), Processes(), tmp_path / "whole", 0).run()
+    assert whole.entered == [0, 1]
+
+    class Stopped(Exception):
+        pass
+
+    save = checkpoints.save
+
+    def save_and_stop(path, content):
+        save(path, content)
+        if content["position"] == stop:
+            raise Stopped
+
+    # The end of a stage is saved as the epoch behind its last; the next stage's start is the same place.
+    if stop == (1, 0, 0):
+        stop = (0, 2, 0)
+    (tmp_path / "parts").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save", save_and_stop)
+        with pytest.raises(Stopped):
+            Training(fresh(), toy_batches(voc), Processes(), tmp_path / "parts", 0).run()
+    resumed = fresh()
+    Training(resumed, toy_batches(voc), Processes(), tmp_path / "parts", 0).run()
+    assert resumed.entered[0] == stop[0]
+    for one, other in zip(whole.network.parameters(), resumed.network.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_comparison_of_operators_finds_equal_and_different_ones(voc):
+    steps = list(toy_batches(voc).epoch(0))[:3]
+
+    def pair(reference):
+        systems = {}
+        for kind, ops in (("reference", reference), ("fused", FUSED)):
+            torch.manual_seed(0)
+            systems[kind] = TwoStages(Settings(data="unused", backbone="tiny"), 21, ops)
+        return systems
+
+    def differences(text):
+        lines = [line.split() for line in text.splitlines() if "difference" in line]
+        return [float(word.strip(",")) for words in lines for word in words if "e" in word and word[0].isdigit()]
+
+    same, other = (compare(pair(ops), steps, Processes()) for ops in (REFERENCE, WRONG))
+    assert differences(same) == [0, 0, 0, 0]
+    assert len(differences(other)) == 4
+    assert min(differences(other)) > 1e-4
+    for text in ("weight      fused", "bias        reference", "MiB", " ms"):
+        assert text in same
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    def work():
+        one = torch.zeros(1 << 20)
+        two = one + 1
+        del one
+        return two * 2
+
+    assert 2 * 4 << 20 <= peak_memory(work, torch.device("cpu")) < (2 * 4 << 20) + 4096
+
+
+def test_cam_network_learns_only_what_is_asked(voc):
+    settings = Settings(data=str(voc), backbone="tiny", tune_blocks=1)
+    system = CamSystem(settings, 21)
+    groups = system.enter(0)
+    assert [group["lr"] for group in groups] == [settings.lr, settings.backbone_lr]
+    batch = Batch(torch.randn(2, 3, 32, 32), torch.zeros(2, 20), torch.ones(2, 32, 32).bool(), torch.arange(2))
+    system.loss(batch)[0].backward()
+    learning = {name for name, parameter in system.network.named_parameters() if parameter.grad is not None}
+    assert learning == {"sampler.weight", "sampler.bias", "classifier.weight", "backbone.layers.4.0.weight",
+                        "backbone.layers.4.1.weight", "backbone.layers.4.1.bias"}  # fmt: skip
+    logits, cam = system.network(batch.images)
+    torch.testing.assert_close(cam.mean((2, 3)), logits)
+
+
+def test_settings_take_the_defaults_of_their_backbone():
+    assert Settings().backbone == "tiny"
+    assert Settings(data="x").backbone == "efficientnet_lite0"
+    assert Settings(data="x").epochs != Settings().epochs
+    assert Settings(epochs=2).epochs == 2
