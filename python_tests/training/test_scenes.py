@@ -83,7 +83,7 @@ def test_same_seed_same_bytes_on_every_machine() -> None:
         dataset = SceneDataset(split, seed=3, count=4)
         for index in range(4):
             digest.update(dataset[index].image.numpy().tobytes() + dataset[index].mask.numpy().tobytes())
-    assert digest.hexdigest()[:16] == "344f49bf9b61a4a5"
+    assert digest.hexdigest()[:16] == "41730afbfd9e860f"
 
 
 def test_order_count_and_repetition_do_not_matter(scenes: SceneDataset, samples: list) -> None:
@@ -108,14 +108,16 @@ def test_default_sizes_of_the_splits() -> None:
     assert [len(SceneDataset(split)) for split in ("train", "dev", "val")] == [800, 160, 240]
 
 
-def test_a_larger_size_shows_the_same_scene_in_more_detail() -> None:
-    small, large = (SceneDataset("val", size=size, count=6) for size in (64, 128))
+def test_a_larger_size_shows_the_same_scenes_in_more_detail() -> None:
+    small, large = (SceneDataset("val", size=size, count=12) for size in (64, 128))
     assert torch.equal(small.tags, large.tags)
-    for index in range(6):
-        assert large[index].image.shape == (3, 128, 128)
+    assert large[0].image.shape == (3, 128, 128)
+    agreement = []
+    for index in range(12):
         masks = large[index].mask[::2, ::2], small[index].mask
-        agree = (masks[0] == masks[1]) | (masks[0] == VOID) | (masks[1] == VOID)
-        assert agree.float().mean() > 0.97
+        agreement.append(((masks[0] == masks[1]) | (masks[0] == VOID) | (masks[1] == VOID)).float().mean())
+    # Whether a head is half hidden is judged in pixels, so a borderline scene is drawn anew at one size only.
+    assert sum(share > 0.97 for share in agreement) >= 11
 
 
 def test_iteration_ends() -> None:

@@ -245,7 +245,7 @@ class Canvas:
         light = (1 + slope - 0.35 * (x * x + y * y)) * between(rng, 0.82, 1.12)
         noise = (rng.random(self.image.shape) + rng.random(self.image.shape) - 1).astype(np.float32)
         tint = np.array(self.tint, np.float32)[:, None, None]
-        picture = self.image * tint * light + noise * between(rng, 0.02, 0.07)
+        picture = self.image * tint * light + noise * between(rng, 0.015, 0.05)
         return (picture.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 

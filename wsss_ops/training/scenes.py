@@ -253,7 +253,7 @@ def _places(rng: np.random.Generator, count: int, horizon: float) -> list[Frame]
     """Frames for objects side by side, in random order and at random depth, near enough to overlap."""
     frames = []
     for column in np.argsort(rng.random(count), kind="stable"):
-        half = between(rng, 0.18, 0.42 - 0.05 * count)
+        half = between(rng, 0.20, 0.43 - 0.05 * count)
         foot = between(rng, max(horizon + 0.22, 1.9 * half), 0.96)
         half *= 0.6 + 0.45 * foot  # what is nearer is larger
         x = (int(column) + between(rng, 0.15, 0.85)) / count
