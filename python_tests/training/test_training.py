@@ -204,7 +204,7 @@ def test_a_folder_of_something_else_is_left_alone(voc, tmp_path, capsys):
 def test_bad_options_leave_nothing_behind(voc, tmp_path, capsys, more, message):
     assert train.main(parse(voc, tmp_path / "run", *more)) == 2
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluate_repeats_the_figures_of_training(voc, unbroken, tmp_path, capsys):
@@ -263,18 +263,24 @@ def test_stages_resume_where_they_stopped(voc, tmp_path, stop, monkeypatch):
 
     whole = fresh()
     (tmp_path / "whole").mkdir()
-    Training(whole, toy_batches(voc), Processes(), tmp_path / "whole", 0).run()
+    Training(whole, toy_batches(voc), Processes(), tmp_path / "whole", save_every=0, about={}).run()
     assert whole.entered == [0, 1]
+    left = {
+        name: checkpoints.load(tmp_path / "whole" / f"{name}.pt")["network"] for name in ("weight", "bias", "model")
+    }
+    assert torch.equal(left["weight"]["weight"], left["model"]["weight"])
+    assert not torch.equal(left["weight"]["bias"], left["model"]["bias"])
+    assert torch.equal(left["bias"]["bias"], left["model"]["bias"])
 
-    class Stopped(Exception):
+    class StopError(Exception):
         pass
 
     save = checkpoints.save
 
     def save_and_stop(path, content):
         save(path, content)
-        if content["position"] == stop:
-            raise Stopped
+        if content.get("position") == stop:
+            raise StopError
 
     # The end of a stage is saved as the epoch behind its last; the next stage's start is the same place.
     if stop == (1, 0, 0):
@@ -282,10 +288,10 @@ def test_stages_resume_where_they_stopped(voc, tmp_path, stop, monkeypatch):
     (tmp_path / "parts").mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "save", save_and_stop)
-        with pytest.raises(Stopped):
-            Training(fresh(), toy_batches(voc), Processes(), tmp_path / "parts", 0).run()
+        with pytest.raises(StopError):
+            Training(fresh(), toy_batches(voc), Processes(), tmp_path / "parts", save_every=0, about={}).run()
     resumed = fresh()
-    Training(resumed, toy_batches(voc), Processes(), tmp_path / "parts", 0).run()
+    Training(resumed, toy_batches(voc), Processes(), tmp_path / "parts", save_every=0, about={}).run()
     assert resumed.entered[0] == stop[0]
     for one, other in zip(whole.network.parameters(), resumed.network.parameters(), strict=True):
         assert torch.equal(one, other)

@@ -44,6 +44,7 @@ class CamSystem(System):
                  pretrained: bool = True) -> None:  # fmt: skip
         self.settings = settings
         backbone = build_backbone(settings.backbone, settings.weights, settings.output_stride, pretrained=pretrained)
+        backbone.tune(settings.tune_blocks)  # here too, so that a number out of range fails before a run begins
         self.network = CamNetwork(backbone, num_classes - 1)
 
     def stages(self) -> list[Stage]:

@@ -57,28 +57,30 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be loaded: {error}") from error
 
 
-def claim(out: Path, settings: dict[str, Any], *, write: bool = True) -> None:
-    """Marks the folder out as that of a run with these settings, or checks that it is (write=False only checks).
+def check_claim(out: Path, settings: dict[str, Any]) -> None:
+    """Checks that the folder out is free or that of a run with these settings.
 
-    Raises ValueError naming the settings that differ where it belongs to another run; nothing is overwritten.
+    Raises ValueError where it is not, naming the settings that differ.
     """
-    settings = json.loads(json.dumps(settings))
     path = out / SETTINGS
     if path.exists():
-        before = read_json(path)
-        names = sorted({*before, *settings})
+        before, now = read_json(path), json.loads(json.dumps(settings))
         differing = [
-            f"{name}: {before.get(name)!r} there, {settings.get(name)!r} now"
-            for name in names
-            if before.get(name) != settings.get(name)
+            f"{name}: {before.get(name)!r} there, {now.get(name)!r} now"
+            for name in sorted({*before, *now})
+            if before.get(name) != now.get(name)
         ]
         if differing:
-            lines = "\n  ".join([f"{out} holds a run with other settings; choose another --out:", *differing])
-            raise ValueError(lines)
+            head = f"{out} holds a run with other settings; choose another --out:"
+            raise ValueError("\n  ".join([head, *differing]))
         return
     strangers = [name for name in (CHECKPOINT, MODEL, METRICS) if (out / name).exists()]
     if strangers:
         raise ValueError(f"{out} holds {', '.join(strangers)} but no {SETTINGS}; choose another --out")
-    if write:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
+
+
+def claim(out: Path, settings: dict[str, Any]) -> None:
+    """Makes the folder out that of a run with these settings, unless it is already."""
+    check_claim(out, settings)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / SETTINGS, settings)

@@ -64,11 +64,14 @@ class Training:
     """The training of one system into one run folder.
 
     save_every: seconds between checkpoints within an epoch; one is written at the end of every epoch besides.
+    about: what model files hold beside the network. model.pt is that of the last finished stage; where there are
+    several stages, each leaves a file of its name too.
     """
 
-    def __init__(self, system: System, batches: TrainingBatches, processes: Processes, out: Path,
-                 save_every: float) -> None:  # fmt: skip
-        self.system, self.batches, self.processes, self.save_every = system, batches, processes, save_every
+    def __init__(self, system: System, batches: TrainingBatches, processes: Processes, out: Path, *,
+                 save_every: float, about: dict[str, Any]) -> None:  # fmt: skip
+        self.system, self.batches, self.processes, self.out = system, batches, processes, out
+        self.save_every, self.about = save_every, about
         self.checkpoint = out / checkpoints.CHECKPOINT
         self.stages = system.stages()
         self._began = time.monotonic()
@@ -99,6 +102,7 @@ class Training:
                 start = start._replace(step=0)
                 self._save(optimiser, Position(stage, epoch + 1, 0))
             start, state = Position(stage + 1, 0, 0), None
+            self._save_model(self.stages[stage].name)
         self.processes.wait()
 
     def _epoch(self, optimiser: optim.Optimizer, start: Position) -> None:
@@ -119,6 +123,13 @@ class Training:
             if time.monotonic() - saved >= self.save_every and step + 1 < steps:
                 self._save(optimiser, start._replace(step=step + 1))
                 saved = time.monotonic()
+
+    def _save_model(self, stage: str) -> None:
+        if self.processes.is_main:
+            content = self.about | {"network": self.system.network.state_dict()}
+            names = [checkpoints.MODEL] + [f"{stage}.pt"] * (len(self.stages) > 1)
+            for name in names:
+                checkpoints.save(self.out / name, content)
 
     def _save(self, optimiser: optim.Optimizer, position: Position) -> None:
         if self.processes.is_main:

@@ -82,22 +82,24 @@ def run(
         data["train"], size=settings.size, batch_size=settings.batch_size, seed=settings.seed,
         workers=_default_workers(processes) if workers is None else workers, processes=processes,
     )  # fmt: skip
-    checkpoints.claim(out, record, write=processes.is_main)
+    checkpoints.check_claim(out, record)
     if (out / checkpoints.METRICS).exists():
         result = checkpoints.read_json(out / checkpoints.METRICS)
         processes.print(f"{out} is finished:\n{table(result)}")
         return result
     curve = evaluation and can_draw_curves(processes)
-    system = _build(name, settings, len(data["train"].classes), ops)
+    classes = data["train"].classes
+    system = _build(name, settings, len(classes), ops)
+    if processes.is_main:
+        checkpoints.claim(out, record)
+    processes.wait()
     if ops == "both" and system.uses_ops and not (out / checkpoints.CHECKPOINT).exists():
         steps = [batch for batch, _ in zip(batches.epoch(0), range(5), strict=False)]
-        pair = {kind: _build(name, settings, len(data["train"].classes), kind) for kind in ("reference", "fused")}
+        pair = {kind: _build(name, settings, len(classes), kind) for kind in ("reference", "fused")}
         processes.print(compare(pair, steps, processes))
-    training = Training(system, batches, processes, out, save_every)
+    about = {"system": name, "settings": dataclasses.asdict(settings), "classes": classes}
+    training = Training(system, batches, processes, out, save_every=save_every, about=about)
     training.run()
-    if processes.is_main:
-        content = {"system": name, "settings": dataclasses.asdict(settings), "classes": data["train"].classes}
-        checkpoints.save(out / checkpoints.MODEL, content | {"network": system.network.state_dict()})
     processes.print(f"trained in {training.seconds:.0f} s; model in {out / checkpoints.MODEL}")
     if not evaluation:
         return None
