@@ -130,9 +130,7 @@ class Canvas:
         self.ripple = _noise(rng, size, 22, 5, 2)
         self.tint: Colour = (1.0, 1.0, 1.0)
 
-    def lay(
-        self, alpha: Floats, colour: Colour, second: Colour | None = None, mix: Floats | float = 0.0
-    ) -> None:
+    def lay(self, alpha: Floats, colour: Colour, second: Colour | None = None, mix: Floats | float = 0.0) -> None:
         """Lay a colour over the picture with opacity alpha; mix (0..1) moves it towards the second colour."""
         for channel, first, other in zip(self.image, colour, second or colour, strict=True):
             channel += alpha * (first + (other - first) * mix - channel)
@@ -211,9 +209,7 @@ class Canvas:
         u, v = along / (0.95 * frame.half), (across - 0.28 * frame.half) / (0.16 * frame.half)
         self.lay(0.38 * _ramp(1.3 - np.sqrt(u * u + v * v)), BLACK)
 
-    def draw(
-        self, shapes: Sequence[Shape], frame: Frame, coat: Colour, owner: int = -1, part: int = 0
-    ) -> None:
+    def draw(self, shapes: Sequence[Shape], frame: Frame, coat: Colour, owner: int = -1, part: int = 0) -> None:
         """Draw shapes at the frame, lit from above; their pixels become the owner's, and that part of it."""
         reach = 1.5 * frame.half
         window = tuple(
