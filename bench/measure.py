@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
@@ -24,16 +25,25 @@ class Timing:
     ratio: float
 
 
-def interleaved(functions: dict[str, Function], device: torch.device, rounds: int) -> dict[str, Timing]:
-    """Times every function once per round, in turn, so that a machine's drift reaches all of them alike."""
+def interleaved(sets: Sequence[Mapping[str, Function]], device: torch.device, rounds: int) -> dict[str, Timing]:
+    """Times every function once per round, so that a machine's drift reaches all of them alike.
+
+    `sets` hold the same functions on different data. Each call takes the next set: inputs then come from memory, as
+    in training, and not from the cache that the call before has filled. The order within a round is random (the
+    same in every run): what a function finds of its predecessor's freed memory in the cache evens out.
+    """
+    order = random.Random(0)
     sample = _cuda_sample if device.type == "cuda" else _cpu_sample
-    for function in functions.values():
-        for _ in range(3):
+    for functions in sets:
+        for function in functions.values():
             function()
-    samples: dict[str, list[float]] = {name: [] for name in functions}
+            function()
+    samples: dict[str, list[float]] = {name: [] for name in sets[0]}
+    turn = 0
     for _ in range(rounds):
-        for name, function in functions.items():
-            samples[name].append(sample(function, device))
+        for name in order.sample(list(sets[0]), len(sets[0])):
+            samples[name].append(sample(sets[turn % len(sets)][name]))
+            turn += 1
     floor = next(iter(samples.values()))
     timings = {}
     for name, seconds in samples.items():
@@ -43,16 +53,14 @@ def interleaved(functions: dict[str, Function], device: torch.device, rounds: in
     return timings
 
 
-def _cpu_sample(function: Function, _device: torch.device) -> float:
+def _cpu_sample(function: Function) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
-def _cuda_sample(function: Function, device: torch.device) -> float:
-    # Larger than any L2 cache: what a function reads comes from memory, as it does in training. Meanwhile the
-    # host enqueues the function, so that its own time stays out of the GPU's.
-    torch.empty(256 << 20, dtype=torch.uint8, device=device).zero_()
+def _cuda_sample(function: Function) -> float:
+    torch.cuda._sleep(100_000)  # 50 us, in which the host enqueues the function: its own time stays out
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     function()

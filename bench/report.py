@@ -11,7 +11,9 @@ def header(results: dict[str, Any]) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = [f"{results['rounds']} interleaved rounds on {results['device']}: medians, and the median of ratios by round"]
+    lines = [
+        f"{results['rounds']} interleaved rounds on {results['device']}: medians, and the median of ratios by round"
+    ]
     for case in results["cases"]:
         lines += ["", f"{case['name']}: {case['work']}"]
         lines.append(f"  {'':20}{'ms':>9}{'10% - 90%':>18}{'x floor':>9}{'GB/s':>8}{'peak MB':>9}")

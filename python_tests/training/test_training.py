@@ -178,7 +178,7 @@ def test_other_settings_are_an_error_that_names_them(voc, unbroken, capsys):
     assert train.main(parse(voc, out, "--lr", "0.5", "--seed", "7")) == 2
     message = capsys.readouterr().err
     assert "seed: 0 there, 7 now" in message
-    assert "lr: 0.002 there, 0.5 now" in message
+    assert "lr: 0.004 there, 0.5 now" in message
     assert "epochs" not in message
     assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == before
 
