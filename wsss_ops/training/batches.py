@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from wsss_ops.training.data import Dataset
+from wsss_ops.training.data import Dataset, Sample
 from wsss_ops.training.processes import Processes
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
+KEEP_BYTES = 64 << 20  # a data set of less is read once and kept
 
 
 class Batch(NamedTuple):
@@ -80,9 +81,12 @@ class _Views(torch.utils.data.Dataset):
 
     def __init__(self, dataset: Dataset, size: int, seed: int) -> None:
         self.dataset, self.size, self.seed = dataset, size, seed
+        self.kept: dict[int, Sample] = {}
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, int]:
-        sample = self.dataset[key[1]]
+        sample = self.kept.get(key[1]) or self.dataset[key[1]]
+        if sample.image.numel() * len(self.dataset) <= KEEP_BYTES:
+            self.kept[key[1]] = sample
         image, valid = augment(sample.image, self.size, np.random.default_rng((self.seed, *key)))
         return image, sample.tags.float(), valid, key[1]
 

@@ -19,7 +19,7 @@ from wsss_ops.training.batches import Batch, TrainingBatches
 from wsss_ops.training.processes import Processes
 from wsss_ops.training.system import System, autocast
 
-DECAY_POWER = 0.9
+WARM_UP, DECAY_POWER = 0.05, 0.9
 EPOCHS_APART = 1000  # between the epoch numbers of one stage and the next
 
 
@@ -44,12 +44,18 @@ def train_step(system: System, optimiser: optim.Optimizer, batch: Batch, process
     loss.backward()
     processes.average_gradients(p for group in optimiser.param_groups for p in group["params"])
     optimiser.step()
+    processes.average_statistics(system.network)
     return figures
 
 
 def channels_last(network: nn.Module) -> None:
     """Brings the weights of convolutions into the layout of the batches."""
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def rate(progress: float) -> float:
+    """The learning rate as a share of its peak at progress 0..1 of a stage: linear warm-up, polynomial decay."""
+    return min(1.0, 0.1 + progress / WARM_UP) * (1 - progress) ** DECAY_POWER
 
 
 class Position(NamedTuple):
@@ -116,7 +122,7 @@ class Training:
             done = start.epoch * steps + step
             seed_everything(self.system.settings.seed, start.stage, done, self.processes.rank)
             for group in optimiser.param_groups:
-                group["lr"] = group["initial_lr"] * (1 - done / (stage.epochs * steps)) ** DECAY_POWER
+                group["lr"] = group["initial_lr"] * rate(done / (stage.epochs * steps))
             figures = train_step(self.system, optimiser, batch, self.processes)
             if step % 10 == 0 and not bar.disable:
                 bar.set_postfix({name: f"{float(value):.3f}" for name, value in figures.items()})

@@ -54,6 +54,18 @@ class Processes:
             for parameter, gradient, mean in zip(group, gradients, means, strict=True):
                 parameter.grad = gradient.copy_(mean.view_as(gradient))
 
+    def average_statistics(self, module: nn.Module) -> None:
+        """Replaces the running statistics that BatchNorm is gathering by their mean over the processes."""
+        if self.count == 1:
+            return
+        gathering = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+        buffers = [b for m in gathering for b in (m.running_mean, m.running_var) if b is not None]
+        if buffers:
+            flat = torch.cat(buffers)
+            distributed.all_reduce(flat)
+            for buffer, mean in zip(buffers, flat.div_(self.count).split([len(b) for b in buffers]), strict=True):
+                buffer.copy_(mean)
+
     def share_state(self, module: nn.Module) -> None:
         """Gives every process the main process's parameters and buffers."""
         if self.count > 1:

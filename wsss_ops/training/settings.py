@@ -60,7 +60,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "efficientnet_lite0": _PRETRAINED,
     "resnet18": _PRETRAINED | {"tune_blocks": 4},
     "resnet50": _PRETRAINED | {"tune_blocks": 9},
-    "tiny": {"output_stride": 8, "epochs": 12, "size": 96, "tune_blocks": -1, "lr": 2e-3, "backbone_lr": 2e-3,
+    "tiny": {"output_stride": 8, "epochs": 14, "size": 96, "tune_blocks": -1, "lr": 4e-3, "backbone_lr": 4e-3,
              "scales": (1.0,)},
 }  # fmt: skip
 
