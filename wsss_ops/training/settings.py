@@ -53,14 +53,14 @@ class Settings:
 
 
 _PRETRAINED: dict[str, Any] = {
-    "output_stride": 16, "epochs": 8, "size": 256, "tune_blocks": 6, "lr": 1e-3, "backbone_lr": 1e-4,
-    "scales": (0.5, 1.0, 1.5, 2.0),
+    "output_stride": 16, "epochs": 6, "size": 256, "tune_blocks": 6, "lr": 1e-3, "backbone_lr": 1e-4,
+    "scales": (1.0, 1.5, 2.0, 2.5),
 }  # fmt: skip
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "efficientnet_lite0": _PRETRAINED,
     "resnet18": _PRETRAINED | {"tune_blocks": 4},
     "resnet50": _PRETRAINED | {"tune_blocks": 9},
-    "tiny": {"output_stride": 8, "epochs": 14, "size": 96, "tune_blocks": -1, "lr": 4e-3, "backbone_lr": 4e-3,
+    "tiny": {"output_stride": 8, "epochs": 20, "size": 96, "tune_blocks": -1, "lr": 4e-3, "backbone_lr": 4e-3,
              "scales": (1.0,)},
 }  # fmt: skip
 
