@@ -2,40 +2,13 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import torch
-
+from wsss_ops.bench.measure import peak_memory
 from wsss_ops.training.batches import Batch
 from wsss_ops.training.loop import channels_last, make_optimiser, seed_everything, train_step
 from wsss_ops.training.processes import Processes
 from wsss_ops.training.system import System
-
-
-def peak_memory(function: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that function's tensors held at one moment, beyond what was held before."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        function()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        function()
-    held = peak = 0
-    for event in sorted(_memory_events(profile), key=lambda pair: pair[0]):
-        held += event[1]
-        peak = max(peak, held)
-    return peak
-
-
-def _memory_events(profile: torch.profiler.profile) -> list[tuple[int, int]]:
-    """(time, bytes) of every allocation and, negative, every release."""
-    recorded: Any = profile.profiler
-    events = recorded.kineto_results.events()
-    return [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
 
 
 def compare(systems: Mapping[str, System], batches: Sequence[Batch], processes: Processes) -> str:

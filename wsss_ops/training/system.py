@@ -1,5 +1,6 @@
 """What a training system is: a network, its stages, its loss, and the CAM that inference reads from it."""
 
+from abc import ABC, abstractmethod
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,7 +18,7 @@ class Stage(NamedTuple):
     epochs: int
 
 
-class System:
+class System(ABC):
     """Base of the systems; `cam.py` is the model to copy.
 
     settings: an instance of the class's Settings. num_classes counts the background. ops: `wsss_ops`,
@@ -30,29 +31,30 @@ class System:
     network: nn.Module
     settings: Any
 
+    @abstractmethod
     def __init__(self, settings: Any, num_classes: int, ops: ModuleType | None, *, pretrained: bool = True) -> None:
-        raise NotImplementedError
+        """Builds the network."""
 
+    @abstractmethod
     def stages(self) -> list[Stage]:
         """The stages in order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def enter(self, stage: int) -> list[dict[str, Any]]:
         """Prepares a stage (which parameters learn) and returns its optimiser groups, each with its lr."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of this process's share of a batch, and figures to show (scalars, detached)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def cam(self, images: Tensor) -> Tensor:
         """images [N, 3, H, W] normalised, H and W of stride * k + 1 pixels -> scores [N, C-1, h, w] before relu."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def stride(self) -> int:
         """Pixels per CAM cell."""
-        raise NotImplementedError
 
 
 def autocast(device: torch.device) -> torch.autocast:
