@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from wsss_ops.info import environment
 from wsss_ops.training import checkpoints
 from wsss_ops.training.data import Dataset
 from wsss_ops.training.evaluation import evaluate, table
@@ -28,8 +29,8 @@ def evaluate_and_report(
     system: System, development: Dataset, validation: Dataset, scales: tuple[float, ...], processes: Processes,
     out: Path, *, panels: int, curve: bool, details: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """Evaluates, prints the table and writes metrics.json (with details added), curve and panels into out."""
-    result = details | evaluate(system, development, validation, scales, processes)
+    """Evaluates, prints the table and writes curve, panels and metrics.json (with details and environment) into out."""
+    result = details | {"environment": environment()} | evaluate(system, development, validation, scales, processes)
     if processes.is_main:
         print(table(result))
         out.mkdir(parents=True, exist_ok=True)
