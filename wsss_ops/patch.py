@@ -40,7 +40,8 @@ def patch_split(x: Tensor, grid: Sequence[int], multiple: int = 1) -> Tensor:
     check_tensor("x", x, "N, D, H, W", FLOATS + INTEGERS)
     gh, gw = check_pair("grid", grid, 1)
     ph, pw = patch_size((x.shape[2], x.shape[3]), (gh, gw), check_int("multiple", multiple, 1))
-    return torch.ops.wsss_ops.patch_split(x, gh, gw, ph, pw)
+    patches: Tensor = _patch_split(x, gh, gw, ph, pw)
+    return patches
 
 
 def patch_merge(patches: Tensor, grid: Sequence[int], size: Sequence[int]) -> Tensor:
@@ -70,7 +71,8 @@ def patch_merge(patches: Tensor, grid: Sequence[int], size: Sequence[int]) -> Te
             f"size must be at most {(gh * ph, gw * pw)} for a grid of {(gh, gw)} patches of {(ph, pw)} pixels, "
             f"got {(height, width)}"
         )
-    return torch.ops.wsss_ops.patch_merge(patches, gh, gw, height, width)
+    merged: Tensor = _patch_merge(patches, gh, gw, height, width)
+    return merged
 
 
 def patch_size(size: tuple[int, int], grid: tuple[int, int], multiple: int = 1) -> tuple[int, int]:
@@ -111,21 +113,21 @@ def _keep_sizes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _split_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-    return torch.ops.wsss_ops.patch_merge(grad, ctx.gh, ctx.gw, ctx.height, ctx.width), None, None, None, None
+    return _patch_merge(grad, ctx.gh, ctx.gw, ctx.height, ctx.width), None, None, None, None
 
 
 def _merge_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-    return torch.ops.wsss_ops.patch_split(grad, ctx.gh, ctx.gw, ctx.height, ctx.width), None, None, None, None
+    return _patch_split(grad, ctx.gh, ctx.gw, ctx.height, ctx.width), None, None, None, None
 
 
-register(
+_patch_split = register(
     "patch_split(Tensor x, SymInt gh, SymInt gw, SymInt ph, SymInt pw) -> Tensor",
     _split,
     _empty_patches,
     _split_backward,
     _keep_sizes,
 )
-register(
+_patch_merge = register(
     "patch_merge(Tensor patches, SymInt gh, SymInt gw, SymInt height, SymInt width) -> Tensor",
     _merge,
     _empty_map,
