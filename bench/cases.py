@@ -1,4 +1,6 @@
-"""The table of cases: what is measured for each operator, at the sizes of SPEC, and what it competes with.
+"""The table of cases: what is measured for each operator, and what it competes with.
+
+T1 has the size of a PPL feature map, T1c a size for CPUs.
 
 A case builds functions of no arguments. The first is the floor, the least that the work can cost on the
 machine at hand (a copy, a matrix product); the others do the work itself.

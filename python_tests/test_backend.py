@@ -73,6 +73,14 @@ def test_missing_cpu_module_is_explained(monkeypatch: pytest.MonkeyPatch) -> Non
         runpy.run_module("wsss_ops._backend")
 
 
+def test_imports_beside_the_checkout(tmp_path: Path) -> None:
+    """A folder named wsss_ops in the current directory, as the checkout is in its parent, does not hide the package."""
+    (tmp_path / "wsss_ops").mkdir()
+    program = "import wsss_ops, wsss_ops.bench.runner; print(wsss_ops.patch_split.__name__)"
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.stdout == "patch_split\n", result.stderr
+
+
 def setup_fails(**environment: str) -> str:
     result = subprocess.run(
         [sys.executable, "setup.py", "--version"],

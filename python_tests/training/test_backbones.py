@@ -110,7 +110,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
 
 def test_weight_files_cannot_run_code(tmp_path):
     torch.save(build("tiny", 8), tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="cannot be loaded"):
+    with pytest.raises(ValueError, match="is not a readable PyTorch file"):
         build_backbone("tiny", tmp_path / "w.pth", 8)
 
 

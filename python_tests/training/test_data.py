@@ -114,7 +114,7 @@ def test_a_broken_member_of_a_zip_is_named(voc, tmp_path):
     place = content.index(photo) + len(photo) // 2
     content[place : place + 8] = b"\x00" * 8
     archive.write_bytes(content)
-    with pytest.raises(ValueError, match=r"1 faulty images(.|\n)*JPEGImages/2007_000003.jpg"):
+    with pytest.raises(ValueError, match=r"1 faulty image(.|\n)*JPEGImages/2007_000003.jpg"):
         open_dataset(archive, "train")
 
 

@@ -211,7 +211,7 @@ def test_a_folder_of_something_else_is_left_alone(voc, tmp_path, capsys):
         (["--scales", "0"], "scales must be"),
         (["--batch-size", "17"], "batch_size must be"),
         (["--output-stride", "32"], "output_stride of tiny"),
-        (["--weights", "absent.pth"], "absent.pth cannot be loaded"),
+        (["--weights", "absent.pth"], "absent.pth is not a readable PyTorch file"),
         (["--tune-blocks", "99"], "tuned blocks must be"),
     ],
 )
@@ -234,7 +234,10 @@ def test_evaluate_repeats_the_figures_of_training(voc, unbroken, tmp_path, capsy
 def test_evaluate_tells_what_it_cannot_load(tmp_path, capsys):
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
-    for checkpoint, message in ((tmp_path, "model.pt does not exist"), (tmp_path / "x.pt", "cannot be loaded")):
+    for checkpoint, message in (
+        (tmp_path, "model.pt does not exist"),
+        (tmp_path / "x.pt", "is not a readable PyTorch file"),
+    ):
         (tmp_path / "x.pt").write_bytes(b"nonsense")
         arguments = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
         assert evaluate.main(parser.parse_args(arguments)) == 2

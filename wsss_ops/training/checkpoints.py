@@ -54,7 +54,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for damaged files
-        raise ValueError(f"{path} cannot be loaded: {error}") from error
+        raise ValueError(f"{path} is not a readable PyTorch file of tensors: {error}") from error
 
 
 def check_claim(out: Path, settings: dict[str, Any]) -> None:
@@ -62,6 +62,8 @@ def check_claim(out: Path, settings: dict[str, Any]) -> None:
 
     Raises ValueError where it is not, naming the settings that differ.
     """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; --out names a folder")
     path = out / SETTINGS
     if path.exists():
         before, now = read_json(path), json.loads(json.dumps(settings))

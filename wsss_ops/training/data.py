@@ -270,4 +270,6 @@ def _raise_faults(root: Path, faults: list[str | None]) -> None:
     found = [fault for fault in faults if fault]
     if found:
         more = [f"... and {len(found) - 10} more"] if len(found) > 10 else []
-        raise ValueError("\n  ".join([f"{root}: {len(found)} faulty images:", *found[:10], *more]))
+        raise ValueError(
+            "\n  ".join([f"{root}: {len(found)} faulty image{'s' * (len(found) > 1)}:", *found[:10], *more])
+        )

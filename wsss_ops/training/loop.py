@@ -96,7 +96,12 @@ class Training:
             network.load_state_dict(state["network"])
             start = Position(*state["position"])
             self._began -= state["seconds"]
-            self.processes.print(f"resuming at {self.stages[start.stage].name}, epoch {start.epoch + 1}")
+            position = f"{self.stages[start.stage].name}, epoch {start.epoch + 1}, step {start.step + 1}"
+            self.processes.print(f"resuming at {position}")
+        else:
+            self.processes.print(
+                f"starting, {self.batches.steps} steps an epoch; a first checkpoint after {self.save_every:.0f} s"
+            )
         self.processes.share_state(network)
         channels_last(network)
         for stage in range(start.stage, len(self.stages)):
@@ -129,6 +134,9 @@ class Training:
             if time.monotonic() - saved >= self.save_every and step + 1 < steps:
                 self._save(optimiser, start._replace(step=step + 1))
                 saved = time.monotonic()
+        if bar.disable:  # no terminal: a line an epoch in place of the bar
+            loss = ", ".join(f"{name} {float(value):.3f}" for name, value in figures.items())
+            self.processes.print(f"{title}: {loss}, {self.seconds:.0f} s so far")
 
     def _save_model(self, stage: str) -> None:
         if self.processes.is_main:

@@ -67,13 +67,26 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 S = TypeVar("S", bound=Settings)
 
 
+def _default_text(field: dataclasses.Field[Any]) -> str:
+    """What --help says of a field's default; many depend on the backbone."""
+    if field.default is None and field.name not in _PRETRAINED:
+        return ""
+    if field.default is not None:
+        return f" (default: {field.default})"
+    texts = []
+    for backbone, values in _DEFAULTS.items():
+        value = values[field.name]
+        texts.append(f"{' '.join(map(str, value)) if isinstance(value, tuple) else value} {backbone}")
+    return f" (default: {', '.join(texts)})"
+
+
 def add_settings(parser: argparse.ArgumentParser, settings: type[Settings]) -> None:
     """Adds an option for every field of a settings class."""
     for field in dataclasses.fields(settings):
-        default = "" if field.default is None else f" (default: {field.default})"
         parser.add_argument(
             f"--{field.name.replace('_', '-')}", type=field.metadata["type"], nargs=field.metadata["nargs"],
-            default=field.default, choices=field.metadata["choices"], help=field.metadata["help"] + default,
+            default=field.default, choices=field.metadata["choices"],
+            help=field.metadata["help"] + _default_text(field),
         )  # fmt: skip
 
 

@@ -40,11 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_settings(options, system.Settings)
         options.add_argument("--ops", choices=OPS, default="fused", help="which operators; both compares them first")
         options.add_argument("--no-evaluation", action="store_true", help="leave the evaluation at the end out")
-        options.add_argument("--panels", type=int, default=8, help="images shown in panels.png")
-        options.add_argument("--check", choices=("auto", "headers", "full"), default="auto", help="of the data")
+        options.add_argument("--panels", type=int, default=8, help="images shown in panels.png (default: 8)")
+        options.add_argument(
+            "--check",
+            choices=("auto", "headers", "full"),
+            default="auto",
+            help="how closely to check the data before training (default: auto, full up to 5000 images)",
+        )
         options.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
         options.add_argument("--workers", type=int, help="processes that read images (default: by CPU cores)")
-        options.add_argument("--save-every", type=float, default=60, help="seconds between checkpoints")
+        options.add_argument("--save-every", type=float, default=15, help="seconds between checkpoints (default: 15)")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -64,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
 
 def run(
     name: str, settings: Settings, out: Path, processes: Processes, *, ops: str = "fused", evaluation: bool = True,
-    panels: int = 8, check: str = "auto", workers: int | None = None, save_every: float = 60,
+    panels: int = 8, check: str = "auto", workers: int | None = None, save_every: float = 15,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Trains a system into the folder out, or resumes there, and evaluates it; returns the content of metrics.json.
 
