@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import wsss_ops
-from wsss_ops import reference
+from wsss_ops import _backend, reference
 
 from .measure import Function
 
@@ -42,22 +42,25 @@ def patch_case(
         x = torch.randn(shape, device=on).to(memory_format=memory_format)
         patches = wsss_ops.patch_split(x, grid)
 
-        def split(x: Tensor, grid: tuple[int, int]) -> Tensor:
-            return reference.patch_split(x, grid)
+        operation = f"patch_{direction}"
+        fused, twin = getattr(wsss_ops, operation), getattr(reference, operation)
+        source, ready = (x, torch.empty_like(patches)) if direction == "split" else (patches, torch.empty_like(x))
+        arguments = (grid,) if direction == "split" else (grid, (height, width))
 
-        def merge(patches: Tensor, grid: tuple[int, int]) -> Tensor:
-            return reference.patch_merge(patches, grid, (height, width)).contiguous()
+        def plain(source: Tensor) -> Tensor:
+            result: Tensor = twin(source, *arguments)
+            return result.contiguous()  # a crop is a view
 
-        source, plain = (x, split) if direction == "split" else (patches, merge)
-        functions: dict[str, Function] = {"floor: clone": source.clone}
-        if direction == "split":
-            functions["wsss_ops"] = lambda: wsss_ops.patch_split(x, grid)
-        else:
-            functions["wsss_ops"] = lambda: wsss_ops.patch_merge(patches, grid, (height, width))
-        functions["reference"] = lambda: plain(source, grid)
+        functions: dict[str, Function] = {
+            "floor: clone": source.clone,
+            "wsss_ops": lambda: fused(source, *arguments),
+            # Into memory that is there.
+            "its kernel alone": lambda: _backend.call(operation, on, source, ready, *grid, channels_last),
+            "reference": lambda: plain(source),
+        }
         if compiled:
             faster = torch.compile(plain)
-            functions["reference compiled"] = lambda: faster(source, grid)
+            functions["reference compiled"] = lambda: faster(source)
         return functions
 
     return Case(

@@ -54,7 +54,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "small split channels_last: N1 D4 8x8 fp32, grid 2x2" in printed
     results = json.loads(out.read_text())
     figures = results["cases"][0]["functions"]
-    assert list(figures) == ["floor: clone", "wsss_ops", "reference"]
+    assert list(figures) == ["floor: clone", "wsss_ops", "its kernel alone", "reference"]
     assert figures["wsss_ops"]["peak_bytes"] == 4 * 4 * 64
     assert figures["reference"]["median_ms"] > 0
     assert results["host_overhead_us"]["patch_split"]["wsss_ops"] > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,11 @@ def is_channels_last(x: Tensor) -> bool:
 
 def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def empty_like_format(shape: Sequence[int], like: Tensor, channels_last: bool) -> Tensor:
+    """Uninitialised, of `like`'s dtype and device."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(channels_last))
 
 
 def with_dense_rows(x: Tensor, channels_last: bool) -> Tensor:

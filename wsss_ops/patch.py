@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ._backend import call
 from ._checks import FLOATS, INTEGERS, check_int, check_pair, check_tensor
-from ._layout import is_channels_last, memory_format, with_dense_rows
+from ._layout import empty_like_format, is_channels_last, memory_format, with_dense_rows
 from ._library import register
 
 
@@ -82,26 +81,25 @@ def patch_size(size: tuple[int, int], grid: tuple[int, int], multiple: int = 1) 
 
 
 def _empty_patches(x: Tensor, gh: int, gw: int, ph: int, pw: int) -> Tensor:
-    shape = (x.shape[0] * gh * gw, x.shape[1], ph, pw)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(is_channels_last(x)))
+    return empty_like_format((x.shape[0] * gh * gw, x.shape[1], ph, pw), x, is_channels_last(x))
 
 
 def _empty_map(patches: Tensor, gh: int, gw: int, height: int, width: int) -> Tensor:
     shape = (patches.shape[0] // (gh * gw), patches.shape[1], height, width)
-    channels_last = is_channels_last(patches)
-    return torch.empty(shape, dtype=patches.dtype, device=patches.device, memory_format=memory_format(channels_last))
+    return empty_like_format(shape, patches, is_channels_last(patches))
 
 
 def _split(x: Tensor, gh: int, gw: int, ph: int, pw: int) -> Tensor:
-    patches = _empty_patches(x, gh, gw, ph, pw)
     channels_last = is_channels_last(x)
+    patches = empty_like_format((x.shape[0] * gh * gw, x.shape[1], ph, pw), x, channels_last)
     call("patch_split", x.device, with_dense_rows(x, channels_last), patches, gh, gw, channels_last)
     return patches
 
 
 def _merge(patches: Tensor, gh: int, gw: int, height: int, width: int) -> Tensor:
-    merged = _empty_map(patches, gh, gw, height, width)
     channels_last = is_channels_last(patches)
+    shape = (patches.shape[0] // (gh * gw), patches.shape[1], height, width)
+    merged = empty_like_format(shape, patches, channels_last)
     dense = patches.contiguous(memory_format=memory_format(channels_last))
     call("patch_merge", patches.device, dense, merged, gh, gw, channels_last)
     return merged

@@ -17,35 +17,27 @@
 namespace wsss::patch::WSSS_LEVEL {
 namespace {
 
-// Copies `count` rows of `bytes` bytes. The rows of NCHW patches are a few vectors long, where a call to
-// memcpy costs more than the copy. Whole is for rows of just kVector bytes, the common case (8 or 16 pixels),
-// Longer for rows of at least kVector bytes, Any for all.
+// How to copy a row, by its length: the rows of NCHW patches are a few vectors long, where a call to memcpy
+// costs more than the copy. Whole is for rows of just kVector bytes, the common case (8 or 16 pixels), Longer
+// for rows of at least kVector bytes, Any for all. A merge fills kColumns columns together, so that a cache
+// line is written at once; kPrefetch bytes a row are asked for ahead.
 template <int64_t kVector>
 struct Whole {
-    static constexpr int64_t kPrefetch = kVector;
-    static WSSS_HOST_DEVICE void copy(char* to, int64_t to_step, const char* from, int64_t from_step,
-                                      int64_t count, int64_t /*bytes*/) {
-        for (; count > 0; --count, to += to_step, from += from_step) std::memcpy(to, from, kVector);
-    }
+    static constexpr int64_t kColumns = 64 / kVector, kPrefetch = kVector;
+    static WSSS_HOST_DEVICE void copy(char* to, const char* from, int64_t) { std::memcpy(to, from, kVector); }
 };
 template <int64_t kVector>
 struct Longer {
-    static constexpr int64_t kPrefetch = kVector;
-    static WSSS_HOST_DEVICE void copy(char* to, int64_t to_step, const char* from, int64_t from_step,
-                                      int64_t count, int64_t bytes) {
-        for (; count > 0; --count, to += to_step, from += from_step) {
-            for (int64_t i = 0; i + kVector < bytes; i += kVector) std::memcpy(to + i, from + i, kVector);
-            std::memcpy(to + bytes - kVector, from + bytes - kVector, kVector);  // may overlap the one before
-        }
+    static constexpr int64_t kColumns = 1, kPrefetch = kVector;
+    static WSSS_HOST_DEVICE void copy(char* to, const char* from, int64_t bytes) {
+        for (int64_t i = 0; i + kVector < bytes; i += kVector) std::memcpy(to + i, from + i, kVector);
+        std::memcpy(to + bytes - kVector, from + bytes - kVector, kVector);  // may overlap the one before
     }
 };
 struct Any {
-    static constexpr int64_t kPrefetch = 0;
-    static WSSS_HOST_DEVICE void copy(char* to, int64_t to_step, const char* from, int64_t from_step,
-                                      int64_t count, int64_t bytes) {
-        for (; count > 0; --count, to += to_step, from += from_step) {
-            std::memcpy(to, from, static_cast<size_t>(bytes));
-        }
+    static constexpr int64_t kColumns = 1, kPrefetch = 0;
+    static WSSS_HOST_DEVICE void copy(char* to, const char* from, int64_t bytes) {
+        std::memcpy(to, from, static_cast<size_t>(bytes));
     }
 };
 
@@ -65,8 +57,7 @@ template <bool kSplit, class Rows>
 void copy_patches(const Params& p, const Where& where) {
     const int64_t patch_bytes = p.planes * p.patch_height * p.patch_row_bytes;
     const int64_t whole_columns = std::min(p.grid_w, p.row_bytes / p.patch_row_bytes);
-    const int64_t to_step = kSplit ? p.patch_row_bytes : p.row_stride;
-    const int64_t from_step = kSplit ? p.row_stride : p.patch_row_bytes;
+    constexpr int64_t kTogether = kSplit ? 1 : Rows::kColumns;
     const int64_t bands = p.images * p.planes * p.grid_h;
     const int wanted = bands * p.grid_w * p.patch_height * p.patch_row_bytes < (64 << 10) ? 1 : where.threads;
     // Bands are cut into pieces where there are too few to keep the threads busy (channels_last has one
@@ -94,21 +85,35 @@ void copy_patches(const Params& p, const Where& where) {
                             (plane * p.patch_height + first) * p.patch_row_bytes;
             int64_t left = at.image_offset;
             if (kSplit) prefetch(p.from + left + kSplitAhead, Rows::kPrefetch * inside * p.grid_w);
-            for (int64_t column = 0; column < p.grid_w;
-                 ++column, patch += patch_bytes, left += p.patch_row_bytes) {
-                char* const to = p.to + (kSplit ? patch : left);
-                const char* const from = p.from + (kSplit ? left : patch);
-                if (!kSplit) prefetch(from + kMergeAhead, Rows::kPrefetch * inside);
-                if (column < whole_columns) {
-                    Rows::copy(to, to_step, from, from_step, inside, p.patch_row_bytes);
-                } else {
-                    const int64_t bytes = locate(p, image, grid_row, column, plane, first).bytes;
-                    Any::copy(to, to_step, from, from_step, inside, bytes);
-                    for (int64_t y = 0; kSplit && y < inside; ++y) {
-                        zero(to + y * to_step + bytes, p.patch_row_bytes - bytes);
+            int64_t column = 0;
+            for (; column + kTogether <= whole_columns; column += kTogether) {
+                for (int64_t c = 0; !kSplit && c < kTogether; ++c) {
+                    prefetch(p.from + patch + c * patch_bytes + kMergeAhead, Rows::kPrefetch * inside);
+                }
+                for (int64_t y = 0; y < inside; ++y) {
+                    for (int64_t c = 0; c < kTogether; ++c) {
+                        const int64_t in_image = left + y * p.row_stride + c * p.patch_row_bytes;
+                        const int64_t in_patches = patch + c * patch_bytes + y * p.patch_row_bytes;
+                        Rows::copy(p.to + (kSplit ? in_patches : in_image),
+                                   p.from + (kSplit ? in_image : in_patches), p.patch_row_bytes);
                     }
                 }
-                if (kSplit) zero(to + inside * to_step, (last - first - inside) * p.patch_row_bytes);
+                patch += kTogether * patch_bytes;
+                left += kTogether * p.patch_row_bytes;
+            }
+            for (; column < p.grid_w; ++column, patch += patch_bytes, left += p.patch_row_bytes) {
+                const int64_t bytes = locate(p, image, grid_row, column, plane, first).bytes;
+                for (int64_t y = 0; y < inside; ++y) {
+                    const int64_t in_image = left + y * p.row_stride;
+                    const int64_t in_patches = patch + y * p.patch_row_bytes;
+                    Any::copy(p.to + (kSplit ? in_patches : in_image),
+                              p.from + (kSplit ? in_image : in_patches), bytes);
+                    if (kSplit) zero(p.to + in_patches + bytes, p.patch_row_bytes - bytes);
+                }
+            }
+            for (int64_t c = 1; kSplit && c <= p.grid_w; ++c) {  // the patches' rows below the image
+                zero(p.to + patch - c * patch_bytes + inside * p.patch_row_bytes,
+                     (last - first - inside) * p.patch_row_bytes);
             }
             if (++piece < pieces) continue;
             piece = 0;
