@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,8 +40,8 @@ def main(arguments: argparse.Namespace) -> int:
     for option, path in (("--out", arguments.out), ("--plot", arguments.plot)):
         if path is not None and not path.absolute().parent.is_dir():
             raise SystemExit(f"{option}: there is no folder {path.absolute().parent}")
-    if arguments.plot is not None:
-        check_matplotlib()
+    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("--plot needs matplotlib: pip install matplotlib")
     results = run(torch.device(device), arguments.op or OPERATORS, arguments.rounds, not arguments.no_compile)
     print(header(results))
     print(table(results))
@@ -53,13 +54,6 @@ def main(arguments: argparse.Namespace) -> int:
         plot(results, arguments.plot)
         print(f"wrote {arguments.plot}")
     return 0
-
-
-def check_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401  a plot that cannot be drawn is known before minutes of measuring
-    except ImportError as error:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from error
 
 
 def run(device: torch.device, operators: Sequence[str], rounds: int, compiled: bool) -> dict[str, Any]:
