@@ -18,6 +18,7 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pybind11
 from setuptools import Extension, setup
@@ -189,8 +190,8 @@ class NinjaFile:
 class BuildModules(build_ext):
     """build_ext whose compiling is ninja's; --emulated builds the tests' module and nothing else."""
 
-    user_options = [*build_ext.user_options, ("emulated", None, "build only the module for tests")]  # noqa: RUF012
-    boolean_options = [*build_ext.boolean_options, "emulated"]  # noqa: RUF012
+    user_options: ClassVar = [*build_ext.user_options, ("emulated", None, "build only the module for tests")]
+    boolean_options: ClassVar = [*build_ext.boolean_options, "emulated"]
 
     def initialize_options(self) -> None:
         super().initialize_options()
