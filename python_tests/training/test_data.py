@@ -82,8 +82,13 @@ def test_a_label_without_pixels_is_a_warning_with_the_count(tmp_path):
 def test_every_faulty_file_is_named_in_one_error(tmp_path):
     root = make_voc(tmp_path)
     base = root / "VOC2012"
-    photo = lambda number: base / f"JPEGImages/2007_{number:06d}.jpg"  # noqa: E731
-    mask = lambda number: base / f"SegmentationClassAug/2007_{number:06d}.png"  # noqa: E731
+
+    def photo(number):
+        return base / f"JPEGImages/2007_{number:06d}.jpg"
+
+    def mask(number):
+        return base / f"SegmentationClassAug/2007_{number:06d}.png"
+
     photo(1).unlink()
     photo(2).write_bytes(photo(2).read_bytes()[:-100])
     mask(3).write_bytes(b"nonsense")

@@ -218,11 +218,11 @@ def _cast(chance: NDArray[np.float64]) -> tuple[str, ...]:
 def _weighted(weights: dict[str, float], draw: float) -> str:
     """The class at the share draw (0..1) of the total weight."""
     left = draw * sum(weights.values())
-    for name, weight in weights.items():  # noqa: B007
+    for name, weight in weights.items():
         left -= weight
         if left < 0:
-            break
-    return name
+            return name
+    return name  # the last, where rounding leaves a rest
 
 
 def _family(name: str) -> tuple[str, ...]:
