@@ -5,8 +5,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <optional>
+
 #include "backend.h"
 #include "common.h"
+#include "deform/op.h"
 #include "patch/op.h"
 #include "tensor_view.h"
 
@@ -63,6 +67,88 @@ void patch_merge(const TensorView& patches, const TensorView& image, int64_t gri
     if (image.elements() > 0) run(patch::merge, p, image, where);
 }
 
+using OptionalTensor = std::optional<TensorView>;
+
+void* data_or_null(const OptionalTensor& tensor) { return tensor ? tensor->data() : nullptr; }
+
+// Of a tensor [image, channel, y, x]; zeros where there is none.
+deform::Strides strides(const OptionalTensor& tensor) {
+    if (!tensor) return {};
+    return {tensor->stride(0), tensor->stride(1), tensor->stride(2), tensor->stride(3)};
+}
+
+// settings: kernel, stride, padding and dilation, each (y, x), then groups and offset groups.
+deform::Params deform_params(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
+                             const std::array<int64_t, 10>& settings, int64_t first, int64_t count) {
+    const auto& [kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups,
+                 offset_groups] = settings;
+    deform::Params p{};
+    p.dtype = input.dtype();
+    p.shape = {input.size(0), input.size(1), input.size(2), input.size(3), offset.size(2), offset.size(3),
+               kernel_h,      kernel_w,      stride_h,      stride_w,      padding_h,      padding_w,
+               dilation_h,    dilation_w,    groups,        offset_groups};
+    p.input = input.data();
+    p.input_strides = strides(input);
+    p.offset = offset.data();
+    p.offset_strides = strides(offset);
+    p.mask = data_or_null(mask);
+    p.mask_strides = strides(mask);
+    p.first = first;
+    p.count = count;
+    constexpr int64_t limit = int64_t{1} << 31;  // kernels count these in 32 bits
+    if (input.size(0) * offset.size(2) * offset.size(3) >= limit ||
+        count * offset_groups * kernel_h * kernel_w >= limit ||
+        input.size(0) * input.size(2) * input.size(3) * offset_groups >= limit) {
+        throw std::invalid_argument("2^31 pixels or samples of a chunk, or more");
+    }
+    return p;
+}
+
+void deform_sample(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
+                   const std::array<int64_t, 10>& settings, int64_t first, const TensorView& columns,
+                   uint64_t where) {
+    deform::Params p = deform_params(input, offset, mask, settings, first, columns.size(0));
+    p.columns = columns.data();
+    run(deform::sample, p, input, where);
+}
+
+void deform_differentiate(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
+                          const std::array<int64_t, 10>& settings, int64_t first, const TensorView& columns,
+                          const OptionalTensor& offset_gradient, const OptionalTensor& mask_gradient,
+                          const OptionalTensor& input_gradient, uint64_t where) {
+    deform::Params p = deform_params(input, offset, mask, settings, first, columns.size(0));
+    p.columns = columns.data();
+    p.offset_gradient = data_or_null(offset_gradient);
+    p.offset_gradient_strides = strides(offset_gradient);
+    p.mask_gradient = data_or_null(mask_gradient);
+    p.mask_gradient_strides = strides(mask_gradient);
+    p.input_gradient = data_or_null(input_gradient);
+    run(deform::differentiate, p, input, where);
+}
+
+#if !defined(WSSS_BACKEND_CPU)
+void deform_find_targets(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
+                         const std::array<int64_t, 10>& settings, int64_t first, const TensorView& targets,
+                         const TensorView& weights, uint64_t where) {
+    deform::Params p = deform_params(input, offset, mask, settings, first, targets.size(0));
+    p.targets = reinterpret_cast<int64_t*>(targets.data());
+    p.weights = weights.data();
+    run(deform::find_targets, p, input, where);
+}
+
+void deform_gather(const TensorView& input, const TensorView& offset, const std::array<int64_t, 10>& settings,
+                   const TensorView& columns, const TensorView& weights, const TensorView& order,
+                   const TensorView& starts, const TensorView& input_gradient, uint64_t where) {
+    deform::Params p = deform_params(input, offset, {}, settings, 0, columns.size(0));
+    p.columns = columns.data();
+    p.weights = weights.data();
+    p.order = reinterpret_cast<const int64_t*>(order.data());
+    p.starts = reinterpret_cast<const int64_t*>(starts.data());
+    p.input_gradient = input_gradient.data();
+    run(deform::gather, p, input, where);
+}
+#endif
+
 }  // namespace
 }  // namespace wsss
 
@@ -73,4 +159,17 @@ PYBIND11_MODULE(WSSS_MODULE, m) {
           py::arg("grid_w"), py::arg("channels_last"), py::arg("where"));
     m.def("patch_merge", &wsss::patch_merge, py::arg("patches"), py::arg("image"), py::arg("grid_h"),
           py::arg("grid_w"), py::arg("channels_last"), py::arg("where"));
+    m.def("deform_sample", &wsss::deform_sample, py::arg("input"), py::arg("offset"), py::arg("mask"),
+          py::arg("settings"), py::arg("first"), py::arg("columns"), py::arg("where"));
+    m.def("deform_differentiate", &wsss::deform_differentiate, py::arg("input"), py::arg("offset"),
+          py::arg("mask"), py::arg("settings"), py::arg("first"), py::arg("columns"),
+          py::arg("offset_gradient"), py::arg("mask_gradient"), py::arg("input_gradient"), py::arg("where"));
+#if !defined(WSSS_BACKEND_CPU)
+    m.def("deform_find_targets", &wsss::deform_find_targets, py::arg("input"), py::arg("offset"),
+          py::arg("mask"), py::arg("settings"), py::arg("first"), py::arg("targets"), py::arg("weights"),
+          py::arg("where"));
+    m.def("deform_gather", &wsss::deform_gather, py::arg("input"), py::arg("offset"), py::arg("settings"),
+          py::arg("columns"), py::arg("weights"), py::arg("order"), py::arg("starts"),
+          py::arg("input_gradient"), py::arg("where"));
+#endif
 }

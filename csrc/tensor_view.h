@@ -10,6 +10,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "dtype.h"
+
 namespace wsss {
 
 namespace dlpack {  // the C structures of the DLPack standard, version 0.x ("dltensor" capsules)
@@ -79,6 +81,17 @@ class TensorView {
         return product;
     }
     int64_t element_bytes() const { return tensor_->dtype.bits / 8; }
+    // Of a floating-point tensor.
+    DType dtype() const {
+        constexpr uint8_t floating = 2, bfloat = 4;
+        const dlpack::DataType type = tensor_->dtype;
+        if (type.code == floating && type.bits == 64) return DType::kFloat64;
+        if (type.code == floating && type.bits == 32) return DType::kFloat32;
+        if (type.code == floating && type.bits == 16) return DType::kFloat16;
+        if (type.code == bfloat && type.bits == 16) return DType::kBFloat16;
+        throw std::invalid_argument("a tensor of DLPack type " + std::to_string(type.code) + " with " +
+                                    std::to_string(type.bits) + " bits is none of floating point");
+    }
     int device() const { return tensor_->device.id; }
 
   private:

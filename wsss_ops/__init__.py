@@ -1,7 +1,9 @@
 """Fused operators for weakly supervised semantic segmentation."""
 
+from ._columns import set_workspace_limit
+from .deform import deform_conv2d
 from .patch import patch_merge, patch_split
 
 __version__ = "0.1.0"
 
-__all__ = ["patch_merge", "patch_split"]
+__all__ = ["deform_conv2d", "patch_merge", "patch_split", "set_workspace_limit"]

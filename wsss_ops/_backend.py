@@ -72,6 +72,11 @@ def call(operation: str, device: torch.device, *arguments: Any) -> None:
         raise RuntimeError(f"wsss_ops has no backend for tensors on {device}: it has cpu and cuda")
 
 
+def offers(device: torch.device, operation: str) -> bool:
+    """Whether the module for `device` has an operation that not every backend needs."""
+    return hasattr(_on_cpu if device.type == "cpu" else _cuda, operation)
+
+
 @contextmanager
 def use_module(module: ModuleType) -> Iterator[None]:
     """Runs operations on CPU tensors by another module, for tests."""

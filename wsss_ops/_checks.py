@@ -43,5 +43,13 @@ def check_pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
     return check_int(f"{name}[0]", value[0], minimum), check_int(f"{name}[1]", value[1], minimum)
 
 
+def check_two(name: str, value: Any, minimum: int) -> tuple[int, int]:
+    """A pair of ints, or one for both."""
+    if isinstance(value, (int, torch.SymInt)):
+        both = check_int(name, value, minimum)
+        return both, both
+    return check_pair(name, value, minimum)
+
+
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
