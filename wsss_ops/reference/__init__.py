@@ -1,5 +1,6 @@
 """The operators in plain PyTorch, under the same names: the definition that tests compare the kernels with."""
 
+from .deform import deform_conv2d
 from .patch import patch_merge, patch_split
 
-__all__ = ["patch_merge", "patch_split"]
+__all__ = ["deform_conv2d", "patch_merge", "patch_split"]
