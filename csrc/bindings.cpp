@@ -78,8 +78,10 @@ deform::Strides strides(const OptionalTensor& tensor) {
 }
 
 // settings: kernel, stride, padding and dilation, each (y, x), then groups and offset groups.
+using DeformSettings = std::array<int64_t, 10>;
+
 deform::Params deform_params(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
-                             const std::array<int64_t, 10>& settings, int64_t first, int64_t count) {
+                             const DeformSettings& settings) {
     const auto& [kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups,
                  offset_groups] = settings;
     deform::Params p{};
@@ -93,42 +95,110 @@ deform::Params deform_params(const TensorView& input, const TensorView& offset, 
     p.offset_strides = strides(offset);
     p.mask = data_or_null(mask);
     p.mask_strides = strides(mask);
+    return p;
+}
+
+void set_gradients(deform::Params& p, const OptionalTensor& offset, const OptionalTensor& mask,
+                   const OptionalTensor& input) {
+    p.offset_gradient = data_or_null(offset);
+    p.offset_gradient_strides = strides(offset);
+    p.mask_gradient = data_or_null(mask);
+    p.mask_gradient_strides = strides(mask);
+    p.input_gradient = data_or_null(input);
+}
+
+#if defined(WSSS_BACKEND_CPU)
+
+void deform_convolve(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
+                     const DeformSettings& settings, const TensorView& weight, const OptionalTensor& bias,
+                     const TensorView& packed, const TensorView& output, uint64_t where) {
+    deform::Params p = deform_params(input, offset, mask, settings);
+    p.outputs = weight.size(0);
+    p.weight = weight.data();
+    p.weight_strides = strides(weight);
+    p.bias = data_or_null(bias);
+    p.packed = packed.data();
+    p.output = output.data();
+    p.output_strides = strides(output);
+    if (output.elements() > 0) run(deform::convolve, p, input, where);
+}
+
+void deform_differentiate(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
+                          const DeformSettings& settings, const TensorView& weight, const TensorView& packed,
+                          const TensorView& gradient, const OptionalTensor& offset_gradient,
+                          const OptionalTensor& mask_gradient, const OptionalTensor& input_gradient,
+                          uint64_t where) {
+    deform::Params p = deform_params(input, offset, mask, settings);
+    p.outputs = weight.size(0);
+    p.weight = weight.data();
+    p.weight_strides = strides(weight);
+    p.packed = packed.data();
+    p.gradient = gradient.data();
+    set_gradients(p, offset_gradient, mask_gradient, input_gradient);
+    if (gradient.elements() > 0) run(deform::differentiate, p, input, where);
+}
+
+void deform_differentiate_weight(const TensorView& input, const TensorView& offset,
+                                 const OptionalTensor& mask, const DeformSettings& settings,
+                                 const TensorView& gradient, const TensorView& weight_gradient,
+                                 uint64_t where) {
+    deform::Params p = deform_params(input, offset, mask, settings);
+    p.outputs = weight_gradient.size(0);
+    p.gradient = gradient.data();
+    p.weight_gradient = weight_gradient.data();
+    p.weight_gradient_strides = strides(weight_gradient);
+    run(deform::differentiate_weight, p, input, where);
+}
+
+void bind_deform(py::module_& m) {
+    m.def("deform_convolve", &deform_convolve, py::arg("input"), py::arg("offset"), py::arg("mask"),
+          py::arg("settings"), py::arg("weight"), py::arg("bias"), py::arg("packed"), py::arg("output"),
+          py::arg("where"));
+    m.def("deform_differentiate", &deform_differentiate, py::arg("input"), py::arg("offset"), py::arg("mask"),
+          py::arg("settings"), py::arg("weight"), py::arg("packed"), py::arg("gradient"),
+          py::arg("offset_gradient"), py::arg("mask_gradient"), py::arg("input_gradient"), py::arg("where"));
+    m.def("deform_differentiate_weight", &deform_differentiate_weight, py::arg("input"), py::arg("offset"),
+          py::arg("mask"), py::arg("settings"), py::arg("gradient"), py::arg("weight_gradient"),
+          py::arg("where"));
+}
+
+#else
+
+// Of the chunk of `count` output pixels from `first` on.
+deform::Params deform_params(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
+                             const DeformSettings& settings, int64_t first, int64_t count) {
+    deform::Params p = deform_params(input, offset, mask, settings);
     p.first = first;
     p.count = count;
+    const deform::Shape& s = p.shape;
     constexpr int64_t limit = int64_t{1} << 31;  // kernels count these in 32 bits
-    if (input.size(0) * offset.size(2) * offset.size(3) >= limit ||
-        count * offset_groups * kernel_h * kernel_w >= limit ||
-        input.size(0) * input.size(2) * input.size(3) * offset_groups >= limit) {
+    if (s.images * s.out_height * s.out_width >= limit ||
+        s.images * s.height * s.width * s.offset_groups >= limit ||
+        count * s.offset_groups * s.kernel_h * s.kernel_w >= limit) {
         throw std::invalid_argument("2^31 pixels or samples of a chunk, or more");
     }
     return p;
 }
 
 void deform_sample(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
-                   const std::array<int64_t, 10>& settings, int64_t first, const TensorView& columns,
-                   uint64_t where) {
+                   const DeformSettings& settings, int64_t first, const TensorView& columns, uint64_t where) {
     deform::Params p = deform_params(input, offset, mask, settings, first, columns.size(0));
     p.columns = columns.data();
     run(deform::sample, p, input, where);
 }
 
 void deform_differentiate(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
-                          const std::array<int64_t, 10>& settings, int64_t first, const TensorView& columns,
+                          const DeformSettings& settings, int64_t first, const TensorView& columns,
                           const OptionalTensor& offset_gradient, const OptionalTensor& mask_gradient,
                           const OptionalTensor& input_gradient, uint64_t where) {
     deform::Params p = deform_params(input, offset, mask, settings, first, columns.size(0));
     p.columns = columns.data();
-    p.offset_gradient = data_or_null(offset_gradient);
-    p.offset_gradient_strides = strides(offset_gradient);
-    p.mask_gradient = data_or_null(mask_gradient);
-    p.mask_gradient_strides = strides(mask_gradient);
-    p.input_gradient = data_or_null(input_gradient);
+    set_gradients(p, offset_gradient, mask_gradient, input_gradient);
     run(deform::differentiate, p, input, where);
 }
 
-#if !defined(WSSS_BACKEND_CPU)
 void deform_find_targets(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
-                         const std::array<int64_t, 10>& settings, int64_t first, const TensorView& targets,
+                         const DeformSettings& settings, int64_t first, const TensorView& targets,
                          const TensorView& weights, uint64_t where) {
     deform::Params p = deform_params(input, offset, mask, settings, first, targets.size(0));
     p.targets = reinterpret_cast<int64_t*>(targets.data());
@@ -136,7 +206,7 @@ void deform_find_targets(const TensorView& input, const TensorView& offset, cons
     run(deform::find_targets, p, input, where);
 }
 
-void deform_gather(const TensorView& input, const TensorView& offset, const std::array<int64_t, 10>& settings,
+void deform_gather(const TensorView& input, const TensorView& offset, const DeformSettings& settings,
                    const TensorView& columns, const TensorView& weights, const TensorView& order,
                    const TensorView& starts, const TensorView& input_gradient, uint64_t where) {
     deform::Params p = deform_params(input, offset, {}, settings, 0, columns.size(0));
@@ -147,6 +217,20 @@ void deform_gather(const TensorView& input, const TensorView& offset, const std:
     p.input_gradient = input_gradient.data();
     run(deform::gather, p, input, where);
 }
+
+void bind_deform(py::module_& m) {
+    m.def("deform_sample", &deform_sample, py::arg("input"), py::arg("offset"), py::arg("mask"),
+          py::arg("settings"), py::arg("first"), py::arg("columns"), py::arg("where"));
+    m.def("deform_differentiate", &deform_differentiate, py::arg("input"), py::arg("offset"), py::arg("mask"),
+          py::arg("settings"), py::arg("first"), py::arg("columns"), py::arg("offset_gradient"),
+          py::arg("mask_gradient"), py::arg("input_gradient"), py::arg("where"));
+    m.def("deform_find_targets", &deform_find_targets, py::arg("input"), py::arg("offset"), py::arg("mask"),
+          py::arg("settings"), py::arg("first"), py::arg("targets"), py::arg("weights"), py::arg("where"));
+    m.def("deform_gather", &deform_gather, py::arg("input"), py::arg("offset"), py::arg("settings"),
+          py::arg("columns"), py::arg("weights"), py::arg("order"), py::arg("starts"),
+          py::arg("input_gradient"), py::arg("where"));
+}
+
 #endif
 
 }  // namespace
@@ -159,17 +243,5 @@ PYBIND11_MODULE(WSSS_MODULE, m) {
           py::arg("grid_w"), py::arg("channels_last"), py::arg("where"));
     m.def("patch_merge", &wsss::patch_merge, py::arg("patches"), py::arg("image"), py::arg("grid_h"),
           py::arg("grid_w"), py::arg("channels_last"), py::arg("where"));
-    m.def("deform_sample", &wsss::deform_sample, py::arg("input"), py::arg("offset"), py::arg("mask"),
-          py::arg("settings"), py::arg("first"), py::arg("columns"), py::arg("where"));
-    m.def("deform_differentiate", &wsss::deform_differentiate, py::arg("input"), py::arg("offset"),
-          py::arg("mask"), py::arg("settings"), py::arg("first"), py::arg("columns"),
-          py::arg("offset_gradient"), py::arg("mask_gradient"), py::arg("input_gradient"), py::arg("where"));
-#if !defined(WSSS_BACKEND_CPU)
-    m.def("deform_find_targets", &wsss::deform_find_targets, py::arg("input"), py::arg("offset"),
-          py::arg("mask"), py::arg("settings"), py::arg("first"), py::arg("targets"), py::arg("weights"),
-          py::arg("where"));
-    m.def("deform_gather", &wsss::deform_gather, py::arg("input"), py::arg("offset"), py::arg("settings"),
-          py::arg("columns"), py::arg("weights"), py::arg("order"), py::arg("starts"),
-          py::arg("input_gradient"), py::arg("where"));
-#endif
+    wsss::bind_deform(m);
 }

@@ -1,18 +1,22 @@
 """Deformable convolution, the sampler of ESOL, as samples in columns and a matrix product.
 
 Li et al., Expansion and Shrinkage of Localization for Weakly-Supervised Semantic Segmentation, NeurIPS 2022 (arXiv
-2209.07761), section 3, after Dai et al., ICCV 2017 and Zhu et al., CVPR 2019. A drop-in for torchvision.ops.deform_conv2d.
+2209.07761), section 3, after Dai et al., ICCV 2017 and Zhu et al., CVPR 2019. A drop-in for torchvision's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._backend import call, offers
 from ._checks import FLOATS, check_tensor, check_two
-from ._columns import convolve
+from ._columns import Columns
+from ._layout import empty_like_format, is_channels_last
+from ._library import register
 
 
 def deform_conv2d(
@@ -27,8 +31,8 @@ def deform_conv2d(
 ) -> Tensor:
     """Convolution that samples its input bilinearly at displaced points; arguments as torchvision.ops.deform_conv2d.
 
-    Tap k of output pixel p reads `input` at p * stride - padding + tap * dilation + offset, between floor and floor + 1;
-    corners outside the image count as zero.
+    Tap k of output pixel p reads `input` at p * stride - padding + tap * dilation + offset, between floor and floor
+    + 1; corners outside the image count as zero.
 
     Args:
         input: [N, Cin, H, W]; float64, float32, float16 or bfloat16. channels_last is read as it is (slices too);
@@ -45,10 +49,14 @@ def deform_conv2d(
         [N, Cout, Ho, Wo] in input's dtype and memory format; Ho = (H + 2 * padding - dilation * (kH - 1) - 1) // stride
         + 1. Under autocast input, weight and bias are cast first, offset and mask to float32.
 
-        Gradients: those of torchvision, the offset's at integer coordinates being the right-hand one. Only what is asked for is
-        computed: for the offset alone one matrix product and one pass over its result. Unlike there, a sample at a
-        non-finite offset is zero and has zero gradients. Additions to the input's gradient come in no fixed order on
-        CUDA; under torch.use_deterministic_algorithms(True) they are sorted first. There is no second derivative.
+        Gradients: those of torchvision, the offset's at integer coordinates being the right-hand one. Only what is
+        asked for is computed: for the offset alone one matrix product and one pass over its result. Unlike there, a
+        sample at a non-finite offset is zero and has zero gradients. On CUDA, additions to the input's gradient come in
+        no fixed order, or sorted under torch.use_deterministic_algorithms(True); a CPU is always deterministic. There
+        is no second derivative.
+
+    Precision: coordinates and sums are computed in float32 (float64 for float64), on a CPU the products too; on CUDA
+    PyTorch computes the products as its matmul settings say.
 
     Memory: see `set_workspace_limit`.
 
@@ -61,14 +69,15 @@ def deform_conv2d(
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    elif weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype):
-        name, other = ("weight", weight) if weight.dtype != input.dtype else ("bias", bias)
-        raise TypeError(f"{name} must have input's dtype {input.dtype}, got {other.dtype}")
+    else:
+        for name, other in (("weight", weight), ("bias", bias)):
+            if other is not None and other.dtype != input.dtype:
+                raise TypeError(f"{name} must have input's dtype {input.dtype}, got {other.dtype}")
     wide = torch.promote_types(input.dtype, torch.float32)
     offset = offset.to(wide)
     mask = None if mask is None else mask.to(wide)
     settings = [number for pair in pairs for number in pair] + [groups, offset_groups]
-    result: Tensor = convolve(input, offset, weight, bias, mask, settings)
+    result: Tensor = _convolve(input, offset, weight, bias, mask, settings)
     return result
 
 
@@ -138,3 +147,157 @@ def _check(
         if other.device != input.device:
             raise ValueError(f"{name} must be on input's device {input.device}, got {other.device}")
     return groups, offset_groups
+
+
+# The operation's arguments beside tensors, `settings`: stride, padding and dilation, each (y, x), then groups and
+# offset groups. Offset and mask come in the wide type: float32, or float64 where the input is.
+
+
+def _dense_channels(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous(memory_format=torch.channels_last)
+
+
+def _in_format_of(like: Tensor, x: Tensor) -> Tensor:
+    """x, a channels_last view, in `like`'s dtype and memory format, with exactly the strides of a new tensor."""
+    channels_last = is_channels_last(like)
+    if channels_last and x.dtype == like.dtype:
+        return x
+    return empty_like_format(x.shape, like, channels_last).copy_(x)
+
+
+def _panels(weight: Tensor, columns: int, like: Tensor) -> Tensor:
+    """Memory for the weight in panels, by rows of `columns` numbers, which the CPU rounds up to 32 at most."""
+    groups_taps_rows = weight.numel() // columns
+    return like.new_empty(groups_taps_rows * -(-columns // 32) * 32)
+
+
+def _empty_output(
+    input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, settings: list[int]
+) -> Tensor:
+    shape = (offset.shape[0], weight.shape[0], offset.shape[2], offset.shape[3])
+    return empty_like_format(shape, input, is_channels_last(input))
+
+
+def _forward(
+    input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, settings: list[int]
+) -> Tensor:
+    pixels = _dense_channels(input)
+    if not offers(input.device, "deform_convolve"):
+        n, outputs, height, width = offset.shape[0], weight.shape[0], offset.shape[2], offset.shape[3]
+        rows = Columns(pixels, offset, weight, mask, settings).convolve(bias)
+        return _in_format_of(input, rows.view(n, height, width, outputs).permute(0, 3, 1, 2))
+    output = _empty_output(input, offset, weight, bias, mask, settings)
+    panels = _panels(weight, weight.shape[0] // settings[6], offset)
+    wide_bias = None if bias is None else bias.to(offset.dtype)
+    where = (pixels, offset, mask, (*weight.shape[2:], *settings))
+    call("deform_convolve", input.device, *where, weight, wide_bias, panels, output)
+    return output
+
+
+def _backward(
+    gradient: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    settings: list[int],
+    wanted: list[bool],
+) -> list[Tensor]:
+    """Gradients of those of (input, offset, weight, mask) that are wanted, in this order."""
+    for_input, for_offset, for_weight, for_mask = wanted
+    n, channels, height, width = input.shape
+    input_gradient = offset.new_zeros(n, height, width, channels) if for_input else None
+    offset_gradient = torch.empty_like(offset) if for_offset else None
+    mask_gradient = torch.empty_like(mask) if mask is not None and for_mask else None
+    targets = (offset_gradient, mask_gradient, input_gradient)
+    pixels = _dense_channels(input)
+    outputs, group_channels, kernel_h, kernel_w = weight.shape
+    if offers(input.device, "deform_convolve"):
+        rows = gradient.to(offset.dtype).contiguous(memory_format=torch.channels_last)
+        where = (pixels, offset, mask, (kernel_h, kernel_w, *settings))
+        if for_input or for_offset or for_mask:
+            panels = _panels(weight, group_channels, offset)
+            call("deform_differentiate", input.device, *where, weight, panels, rows, *targets)
+        weight_gradient = None
+        if for_weight:
+            weight_gradient = empty_like_format(weight.shape, offset, is_channels_last(weight))
+            call("deform_differentiate_weight", input.device, *where, rows, weight_gradient)
+            weight_gradient = weight_gradient.to(weight.dtype)
+    else:
+        rows = gradient.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        columns = Columns(pixels, offset, weight, mask, settings)
+        by_matrix = columns.differentiate(
+            rows.reshape(columns.rows, columns.groups, outputs // columns.groups),
+            input_gradient,
+            offset_gradient,
+            mask_gradient,
+            for_weight,
+        )
+        weight_gradient = None
+        if by_matrix is not None:
+            taps_outside = by_matrix.reshape(outputs, kernel_h, kernel_w, group_channels)
+            weight_gradient = _in_format_of(weight, taps_outside.permute(0, 3, 1, 2))
+    by_input = None if input_gradient is None else _in_format_of(input, input_gradient.permute(0, 3, 1, 2))
+    results = (by_input, offset_gradient, weight_gradient, mask_gradient)
+    return [result for result in results if result is not None]
+
+
+def _fake_backward(
+    gradient: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    settings: list[int],
+    wanted: list[bool],
+) -> list[Tensor]:
+    results = []
+    if wanted[0]:
+        results.append(empty_like_format(input.shape, input, is_channels_last(input)))
+    if wanted[1]:
+        results.append(torch.empty_like(offset))
+    if wanted[2]:
+        results.append(empty_like_format(weight.shape, weight, is_channels_last(weight)))
+    if wanted[3]:
+        assert mask is not None
+        results.append(torch.empty_like(mask))
+    return results
+
+
+def _no_second_derivative(ctx: Any, gradients: Any) -> Any:
+    raise RuntimeError("deform_conv2d has no second derivative: call backward without create_graph=True")
+
+
+_convolve_backward = register(
+    "deform_conv2d_backward(Tensor gradient, Tensor input, Tensor offset, Tensor weight, Tensor? mask, int[] settings, "
+    "bool[] wanted) -> Tensor[]",
+    _backward,
+    _fake_backward,
+    _no_second_derivative,
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, offset, weight, _, mask, ctx.settings = inputs
+    ctx.save_for_backward(input, offset, weight, mask)
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    input, offset, weight, mask = ctx.saved_tensors
+    for_input, for_offset, for_weight, for_bias, for_mask = ctx.needs_input_grad[:5]
+    wanted = [for_input, for_offset, for_weight, for_mask]
+    results = iter(
+        _convolve_backward(gradient, input, offset, weight, mask, ctx.settings, wanted) if any(wanted) else ()
+    )
+    by_input, by_offset, by_weight = (next(results) if want else None for want in wanted[:3])
+    by_bias = gradient.sum((0, 2, 3)) if for_bias else None
+    return by_input, by_offset, by_weight, by_bias, next(results) if for_mask else None, None
+
+
+_convolve = register(
+    "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask, int[] settings) -> Tensor",
+    _forward,
+    _empty_output,
+    _differentiate,
+    _save,
+)

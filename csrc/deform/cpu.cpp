@@ -1,276 +1,358 @@
-// The deformable convolution's samples on the CPU, for whatever instruction set this file is compiled for.
+// Deformable convolution on the CPU, for whatever instruction set this file is compiled for: a convolution
+// whose samples are multiplied tile by tile as they are taken, so that no columns are ever stored.
 //
-// D3 (N2 C256 32x32 3x3, fp32): 18432 samples of 256 channels, 19 MB of columns written, four rows of 1 KB
-// read for each from 2 MB that the caches hold; the product beside it takes 5 ms on two cores.
-// Mapping: a thread takes output pixels; coordinates and weights once per sample, then all its channels in
-// vectors. The input's gradient is split over images and slices of channels instead, so that no two threads
-// add to the same number and the order of additions never changes: it is deterministic without atomics.
+// D3 (N2 C256 32x32 3x3, fp32, 256 outputs): 2.4 GFLOP forward, twice that backward (once where only offsets
+// learn). Laid out in columns the samples would be 19 MB, written and read again through pages that the
+// system has to map for nearly every call. Mapping: a tile of output pixels and one tap at a time.
+// Coordinates and weights are found once a tap; all channels of a sample are blended in vectors into a block
+// of kBlock channels, which multiply.h multiplies:
+//   forward           tile [pixels][channels] x weight [channels][outputs], threads share the tiles out;
+//   offset, mask      gradient [pixels][outputs] x weight [outputs][channels], then dot products with the
+//   corners; input             the same block is added to the corners. Threads share out images and blocks of
+//   channels, so
+//                     that no two add to the same number;
+//   weight            gradient [outputs][pixels] x tile [pixels][channels], threads share out taps and
+//   blocks.
+// Each sum's order depends on the shapes (and for the input's, mask's and offset's gradient on the thread
+// count, where fewer images than threads are cut into blocks of channels), never on chance: all of it is
+// deterministic.
 #include <omp.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 
-#include "deform/math.h"
+#include "deform/tile.h"
+#include "multiply.h"
 
 namespace wsss::deform::WSSS_LEVEL {
 namespace {
 
+constexpr int64_t kBlock = 256;      // channels of a tile: a panel of that depth fits the first-level cache
+constexpr int64_t kRowPadding = 16;  // numbers between rows of a tile, which would otherwise share cache sets
+constexpr int64_t kTileRow = kBlock + kRowPadding;
 constexpr int64_t kFewNumbers = 1 << 14;  // not worth a second thread
 
-// The corners of a sample that lie in the image.
+int64_t clamp(int64_t value, int64_t low, int64_t high) {
+    return value < low ? low : value > high ? high : value;
+}
+
+// Memory that is not initialised.
 template <class T>
-struct Corners {
-    int count = 0;
-    int which[4];
-    T* row[4];
-
-    // base: the first channel of image 0, pixel (0, 0).
-    template <class W>
-    Corners(const Sample<W>& sample, T* base, const Strides& strides) {
-        T* const first = base + sample.image * strides.image + sample.y * strides.y + sample.x * strides.x;
-        for (int corner = 0; corner < 4; ++corner) {
-            if ((sample.inside >> corner & 1) == 0) continue;
-            which[count] = corner;
-            row[count++] = first + (corner >> 1) * strides.y + (corner & 1) * strides.x;
-        }
+class Memory {
+  public:
+    explicit Memory(int64_t count)
+        : data_(static_cast<T*>(std::aligned_alloc(64, ceil_div<int64_t>(count * sizeof(T) + 1, 64) * 64))) {
+        if (data_ == nullptr) throw std::bad_alloc();
     }
+    ~Memory() { std::free(data_); }
+    Memory(const Memory&) = delete;
+    Memory& operator=(const Memory&) = delete;
+    T* data() const { return data_; }
+
+  private:
+    T* data_;
 };
 
-// A run of channels that is dense in the input and in the columns: one per sample, or more where a group of
-// the weight ends within an offset group.
-struct Run {
-    int64_t channel, column, length;
+// What each thread has to itself.
+template <class W>
+class Scratch {
+  public:
+    Scratch(int threads, int64_t numbers, int64_t samples)
+        : numbers_each_(ceil_div<int64_t>(numbers, 16) * 16),
+          samples_each_(samples),
+          numbers_(threads * numbers_each_),
+          samples_(threads * samples_each_) {}
+    W* numbers() const { return numbers_.data() + omp_get_thread_num() * numbers_each_; }
+    Sample<W>* samples() const { return samples_.data() + omp_get_thread_num() * samples_each_; }
+
+  private:
+    int64_t numbers_each_, samples_each_;
+    Memory<W> numbers_;
+    Memory<Sample<W>> samples_;
 };
 
-Run find_run(const Shape& s, int64_t tap, int64_t channel, int64_t end) {
-    const int64_t width = s.channels / s.groups;
-    const int64_t group = channel / width;
-    return {channel, column_of(s, tap, channel, group), std::min(end, (group + 1) * width) - channel};
-}
-
-// The loops over channels, for a known number of corners.
-template <int kCount, class T, class W>
-void blend(T* to, const Corners<const T>& corners, const W* weight, int64_t begin, int64_t length) {
-#pragma omp simd
-    for (int64_t c = 0; c < length; ++c) {
-        W sum = 0;
-        for (int i = 0; i < kCount; ++i) sum += weight[i] * static_cast<W>(corners.row[i][begin + c]);
-        to[c] = T(sum);
-    }
-}
-
-template <int kCount, class T, class W>
-void multiply(W* sums, const Corners<const T>& corners, const T* gradient, int64_t begin, int64_t length) {
-    W sum[4] = {};
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < length; ++c) {
-        const W factor = static_cast<W>(gradient[c]);
-        for (int i = 0; i < kCount; ++i) sum[i] += factor * static_cast<W>(corners.row[i][begin + c]);
-    }
-    for (int i = 0; i < kCount; ++i) sums[i] += sum[i];
-}
-
-template <int kCount, class T, class W>
-void scatter(const Corners<W>& corners, const W* weight, const T* gradient, int64_t begin, int64_t length) {
-#pragma omp simd
-    for (int64_t c = 0; c < length; ++c) {
-        const W factor = static_cast<W>(gradient[c]);
-        for (int i = 0; i < kCount; ++i) corners.row[i][begin + c] += weight[i] * factor;
-    }
-}
-
-// Calls body(place, sample, tap) for each sample of an output pixel.
-template <class W, class Body>
-WSSS_HOST_DEVICE void for_each_sample(const Params& p, int64_t pixel, const Body& body) {
+// The weight in panels. Forward: for each (group, tap) a matrix [channels][outputs]; backward:
+// [outputs][channels].
+template <class T, class W>
+Panels<W> pack_weight(const Params& p, bool forward, int threads) {
     const Shape& s = p.shape;
-    Place at{};
-    at.x = pixel % s.out_width;
-    at.y = pixel / s.out_width % s.out_height;
-    at.image = pixel / (s.out_width * s.out_height);
-    for (at.group = 0; at.group < s.offset_groups; ++at.group) {
-        for (at.tap_y = 0; at.tap_y < s.kernel_h; ++at.tap_y) {
-            for (at.tap_x = 0; at.tap_x < s.kernel_w; ++at.tap_x) {
-                body(at, find_sample<W>(p, at), at.tap_y * s.kernel_w + at.tap_x);
+    const int64_t taps = s.kernel_h * s.kernel_w;
+    const int64_t inputs = s.channels / s.groups, outputs = p.outputs / s.groups;
+    const int64_t depth = forward ? inputs : outputs, width = forward ? outputs : inputs;
+    const int64_t panels = ceil_div(width, kPanel<W>);
+    auto* const packed = static_cast<W*>(p.packed);
+    const auto* const weight = static_cast<const T*>(p.weight);
+    const Strides& strides = p.weight_strides;
+#pragma omp parallel for schedule(static) num_threads(threads) collapse(2)
+    for (int64_t matrix = 0; matrix < s.groups * taps; ++matrix) {
+        for (int64_t panel = 0; panel < panels; ++panel) {
+            const int64_t group = matrix / taps, tap = matrix % taps;
+            const T* const from = weight + group * outputs * strides.image + tap / s.kernel_w * strides.y +
+                                  tap % s.kernel_w * strides.x;
+            W* to = packed + (matrix * panels + panel) * depth * kPanel<W>;
+            const int64_t first = panel * kPanel<W>, count = std::min(kPanel<W>, width - first);
+            for (int64_t k = 0; k < depth; ++k, to += kPanel<W>) {
+                for (int64_t n = 0; n < kPanel<W>; ++n) {
+                    const int64_t output = forward ? first + n : k, input = forward ? k : first + n;
+                    to[n] = n < count ? static_cast<W>(from[output * strides.image + input * strides.channel])
+                                      : W{0};
+                }
             }
         }
     }
+    return {packed, depth * kPanel<W>, kPanel<W>};
 }
 
-template <class T>
-void sample_all(const Params& p, const Where& where) {
-    using W = wide<T>;
+// Pixels of a tile: enough to pay for streaming the weight, few enough for every thread to have some.
+int64_t tile_size(int64_t pixels, int64_t row_numbers, int threads) {
+    const int64_t fits = clamp((1 << 16) / std::max<int64_t>(1, row_numbers) / 16 * 16, 32, 128);
+    return clamp(ceil_div<int64_t>(pixels, 4 * threads) / 16 * 16, 16, fits);
+}
+
+// output = the tile's sums [pixel][row], for `outputs` channels from `first_output` on.
+template <class T, class W>
+void write_output(const Params& p, const Tile& tile, int64_t first_output, int64_t outputs, const W* sums,
+                  int64_t row) {
     const Shape& s = p.shape;
-    const int64_t group_channels = s.channels / s.offset_groups;
-    const int64_t row = s.kernel_h * s.kernel_w * s.channels;
-    const auto* const input = static_cast<const T*>(p.input);
-#pragma omp parallel for schedule(static) num_threads(p.count* row < kFewNumbers ? 1 : where.threads)
-    for (int64_t i = 0; i < p.count; ++i) {
-        T* const columns = static_cast<T*>(p.columns) + i * row;
-        for_each_sample<W>(p, p.first + i, [&](const Place& at, const Sample<W>& sample, int64_t tap) {
-            const Corners<const T> corners(sample, input, p.input_strides);
-            W weight[4];
-            for (int j = 0; j < corners.count; ++j) weight[j] = sample.mask * sample.weight(corners.which[j]);
-            const int64_t end = (at.group + 1) * group_channels;
-            for (int64_t channel = at.group * group_channels; channel < end;) {
-                const Run run = find_run(s, tap, channel, end);
-                T* const to = columns + run.column;
-                switch (corners.count) {
-                    case 0:
-                        std::memset(static_cast<void*>(to), 0, run.length * sizeof(T));
-                        break;
-                    case 1:
-                        blend<1>(to, corners, weight, channel, run.length);
-                        break;
-                    case 2:
-                        blend<2>(to, corners, weight, channel, run.length);
-                        break;
-                    case 3:
-                        blend<3>(to, corners, weight, channel, run.length);
-                        break;
-                    default:
-                        blend<4>(to, corners, weight, channel, run.length);
-                }
-                channel += run.length;
+    const Strides& strides = p.output_strides;
+    auto* const output = static_cast<T*>(p.output) + first_output * strides.channel;
+    for (int64_t i = 0; i < tile.count;) {
+        const int64_t pixel = tile.first + i;
+        const int64_t x = pixel % s.out_width, y = pixel / s.out_width % s.out_height;
+        const int64_t image = pixel / (s.out_width * s.out_height);
+        const int64_t length = std::min(tile.count - i, s.out_width - x);  // pixels of one image row
+        T* const to = output + image * strides.image + y * strides.y + x * strides.x;
+        if (strides.channel == 1) {
+            for (int64_t j = 0; j < length; ++j) {
+                for (int64_t o = 0; o < outputs; ++o) to[j * strides.x + o] = T(sums[(i + j) * row + o]);
             }
-        });
+        } else {
+            for (int64_t o = 0; o < outputs; ++o) {
+                for (int64_t j = 0; j < length; ++j) {
+                    to[o * strides.channel + j * strides.x] = T(sums[(i + j) * row + o]);
+                }
+            }
+        }
+        i += length;
     }
 }
 
 template <class T>
-void differentiate_samples(const Params& p, const Where& where) {
+void convolve_all(const Params& p, const Where& where) {
     using W = wide<T>;
     const Shape& s = p.shape;
-    const int64_t group_channels = s.channels / s.offset_groups;
-    const int64_t row = s.kernel_h * s.kernel_w * s.channels;
-    const auto* const input = static_cast<const T*>(p.input);
-#pragma omp parallel for schedule(static) num_threads(p.count* row < kFewNumbers ? 1 : where.threads)
-    for (int64_t i = 0; i < p.count; ++i) {
-        const T* const columns = static_cast<const T*>(p.columns) + i * row;
-        for_each_sample<W>(p, p.first + i, [&](const Place& at, const Sample<W>& sample, int64_t tap) {
-            const Corners<const T> corners(sample, input, p.input_strides);
-            W sums[4] = {};  // over channels, of the gradient times the corner
-            const int64_t end = (at.group + 1) * group_channels;
-            for (int64_t channel = at.group * group_channels; channel < end;) {
-                const Run run = find_run(s, tap, channel, end);
-                const T* const gradient = columns + run.column;
-                switch (corners.count) {
-                    case 1:
-                        multiply<1>(sums, corners, gradient, channel, run.length);
-                        break;
-                    case 2:
-                        multiply<2>(sums, corners, gradient, channel, run.length);
-                        break;
-                    case 3:
-                        multiply<3>(sums, corners, gradient, channel, run.length);
-                        break;
-                    case 4:
-                        multiply<4>(sums, corners, gradient, channel, run.length);
-                        break;
-                    default:
-                        break;
-                }
-                channel += run.length;
-            }
-            W by_y = 0, by_x = 0, by_mask = 0;
-            for (int j = 0; j < corners.count; ++j) {
-                by_y += sample.weight_y(corners.which[j]) * sums[j];
-                by_x += sample.weight_x(corners.which[j]) * sums[j];
-                by_mask += sample.weight(corners.which[j]) * sums[j];
-            }
-            write_gradients(p, at, sample.mask * by_y, sample.mask * by_x, by_mask);
-        });
-    }
-}
-
-template <class T>
-void differentiate_input(const Params& p, const Where& where) {
-    using W = wide<T>;
-    const Shape& s = p.shape;
-    const int64_t group_channels = s.channels / s.offset_groups;
-    const int64_t row = s.kernel_h * s.kernel_w * s.channels;
-    const Strides strides{s.height * s.width * s.channels, 1, s.width * s.channels, s.channels};
-    const int64_t pixels = s.out_height * s.out_width;
-    const int64_t first_image = p.first / pixels, images = (p.first + p.count - 1) / pixels + 1 - first_image;
-    // More slices than threads even them out; a slice is at least two cache lines wide.
-    const int threads = p.count * row < kFewNumbers ? 1 : where.threads;
-    const int64_t slices =
-        std::clamp<int64_t>(ceil_div<int64_t>(4 * threads, images), 1, std::max<int64_t>(1, s.channels / 32));
+    const int64_t taps = s.kernel_h * s.kernel_w, pixels = s.images * s.out_height * s.out_width;
+    const int64_t outputs = p.outputs / s.groups, width = round_to_panel<W>(outputs);
+    const int threads = pixels * taps * s.channels < kFewNumbers ? 1 : where.threads;
+    const int64_t tile_pixels = tile_size(pixels, width, threads);
+    const int64_t sum_row = width + kRowPadding;
+    const Panels<W> weight = pack_weight<T, W>(p, true, threads);
+    const Scratch<W> scratch(threads, tile_pixels * (kTileRow + sum_row), s.offset_groups * tile_pixels);
+    const auto* const bias = static_cast<const W*>(p.bias);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) collapse(2)
-    for (int64_t image = first_image; image < first_image + images; ++image) {
-        for (int64_t slice = 0; slice < slices; ++slice) {
-            const int64_t slice_begin = s.channels * slice / slices;
-            const int64_t slice_end = s.channels * (slice + 1) / slices;
-            const int64_t begin = std::max(p.first, image * pixels);
-            const int64_t end = std::min(p.first + p.count, (image + 1) * pixels);
-            for (int64_t pixel = begin; pixel < end; ++pixel) {
-                const T* const columns = static_cast<const T*>(p.columns) + (pixel - p.first) * row;
-                for_each_sample<W>(p, pixel, [&](const Place& at, const Sample<W>& sample, int64_t tap) {
-                    const Corners<W> corners(sample, static_cast<W*>(p.input_gradient), strides);
-                    W weight[4];
-                    for (int j = 0; j < corners.count; ++j) {
-                        weight[j] = sample.mask * sample.weight(corners.which[j]);
-                    }
-                    const int64_t stop = std::min(slice_end, (at.group + 1) * group_channels);
-                    for (int64_t channel = std::max(slice_begin, at.group * group_channels);
-                         channel < stop;) {
-                        const Run run = find_run(s, tap, channel, stop);
-                        const T* const gradient = columns + run.column;
-                        switch (corners.count) {
-                            case 1:
-                                scatter<1>(corners, weight, gradient, channel, run.length);
-                                break;
-                            case 2:
-                                scatter<2>(corners, weight, gradient, channel, run.length);
-                                break;
-                            case 3:
-                                scatter<3>(corners, weight, gradient, channel, run.length);
-                                break;
-                            case 4:
-                                scatter<4>(corners, weight, gradient, channel, run.length);
-                                break;
-                            default:
-                                break;
-                        }
-                        channel += run.length;
-                    }
-                });
+    for (int64_t group = 0; group < s.groups; ++group) {
+        for (int64_t first = 0; first < pixels; first += tile_pixels) {
+            const Tile tile{first, std::min(tile_pixels, pixels - first)};
+            W* const block_samples = scratch.numbers();
+            W* const sums = block_samples + tile_pixels * kTileRow;
+            Sample<W>* const samples = scratch.samples();
+            for (int64_t i = 0; i < tile.count; ++i) {
+                for (int64_t o = 0; o < width; ++o) {
+                    sums[i * sum_row + o] = bias != nullptr && o < outputs ? bias[group * outputs + o] : W{0};
+                }
             }
+            for (int64_t tap = 0; tap < taps; ++tap) {
+                find_samples(p, tile, tap, samples);
+                const int64_t channels = s.channels / s.groups;
+                const W* const matrix = weight.data + (group * taps + tap) * (width / kPanel<W>)*weight.panel;
+                for (int64_t channel = 0; channel < channels; channel += kBlock) {
+                    const Block block{group, channel, std::min(kBlock, channels - channel)};
+                    sample_block<T>(p, tile, samples, block, block_samples, kTileRow);
+                    const Panels<W> panels{matrix + channel * weight.row, weight.panel, weight.row};
+                    multiply_add<W>(tile.count, outputs, block.count, {block_samples, kTileRow, 1}, panels,
+                                    sums, sum_row);
+                }
+            }
+            write_output<T>(p, tile, group * outputs, outputs, sums, sum_row);
         }
+    }
+}
+
+// How the channels of a backward pass are cut: into blocks within a group, of `width` channels, and the
+// blocks into slices.
+struct Slices {
+    int64_t width, blocks, count;
+
+    Slices(const Shape& s, int64_t panel, int64_t wanted)
+        : width(clamp(ceil_div(ceil_div(s.channels, wanted), panel) * panel, panel, kBlock)),
+          blocks(s.groups * ceil_div(s.channels / s.groups, width)),
+          count(std::min(wanted, blocks)) {}
+    int64_t first_block(int64_t slice) const { return blocks * slice / count; }
+};
+
+// to [pixel][kTileRow] = the gradient of a block's samples at a tap.
+template <class W>
+void find_block_gradient(const Params& p, const Tile& tile, int64_t tap, const Block& block,
+                         const Panels<W>& weight, W* to) {
+    const Shape& s = p.shape;
+    const int64_t outputs = p.outputs / s.groups, panels = ceil_div(s.channels / s.groups, kPanel<W>);
+    const int64_t matrix = block.group * s.kernel_h * s.kernel_w + tap;
+    const W* const gradient =
+        static_cast<const W*>(p.gradient) + tile.first * p.outputs + block.group * outputs;
+    const W* const from = weight.data + (matrix * panels + block.first / kPanel<W>)*weight.panel;
+    std::memset(to, 0, tile.count * kTileRow * sizeof(W));
+    for (int64_t depth = 0; depth < outputs; depth += kBlock) {
+        multiply_add<W>(tile.count, block.count, std::min(kBlock, outputs - depth),
+                        {gradient + depth, p.outputs, 1},
+                        {from + depth * weight.row, weight.panel, weight.row}, to, kTileRow);
+    }
+}
+
+// The gradients of offsets and masks: the sums over slices of what each has found.
+template <class W>
+void add_slices(const Params& p, const Derivatives<W>* found, int64_t slices, int threads) {
+    const Shape& s = p.shape;
+    const int64_t taps = s.kernel_h * s.kernel_w, pixels = s.images * s.out_height * s.out_width;
+    const int64_t samples = pixels * s.offset_groups * taps;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < samples; ++i) {
+        const int64_t tap = i % taps, slot = i / taps, pixel = slot / s.offset_groups;
+        Place at;
+        at.image = pixel / (s.out_width * s.out_height);
+        at.y = pixel / s.out_width % s.out_height;
+        at.x = pixel % s.out_width;
+        at.group = slot % s.offset_groups;
+        at.tap_y = tap / s.kernel_w;
+        at.tap_x = tap % s.kernel_w;
+        Derivatives<W> sum = found[i];
+        for (int64_t slice = 1; slice < slices; ++slice) {
+            const Derivatives<W>& other = found[slice * samples + i];
+            sum.y += other.y;
+            sum.x += other.x;
+            sum.mask += other.mask;
+        }
+        write_gradients(p, at, sum.y, sum.x, sum.mask);
     }
 }
 
 template <class T>
 void differentiate_all(const Params& p, const Where& where) {
-    if (p.offset_gradient != nullptr || p.mask_gradient != nullptr) differentiate_samples<T>(p, where);
-    if (p.input_gradient != nullptr) differentiate_input<T>(p, where);
+    using W = wide<T>;
+    const Shape& s = p.shape;
+    const int64_t taps = s.kernel_h * s.kernel_w, image_pixels = s.out_height * s.out_width;
+    const int64_t pixels = s.images * image_pixels;
+    const int threads = pixels * taps * s.channels < kFewNumbers ? 1 : where.threads;
+    const bool derives = p.offset_gradient != nullptr || p.mask_gradient != nullptr;
+    const bool scatters = p.input_gradient != nullptr;
+    // Threads that scatter need images, or else slices of channels, of their own; otherwise they take tiles.
+    const int64_t wanted =
+        !scatters || s.images % threads == 0 ? 1 : ceil_div<int64_t>(4 * threads, s.images);
+    const Slices slices(s, kPanel<W>, wanted);
+    const int64_t tile_pixels = tile_size(pixels, kTileRow, threads);
+    const int64_t range = scatters ? image_pixels : tile_pixels;
+    const int64_t sums_size = 4 * s.offset_groups * tile_pixels;
+    const Panels<W> weight = pack_weight<T, W>(p, false, threads);
+    const Scratch<W> scratch(threads, tile_pixels * kTileRow + sums_size, s.offset_groups * tile_pixels);
+    const int64_t samples_all = pixels * s.offset_groups * taps;
+    // [slice][pixel][offset group][tap]
+    const Memory<Derivatives<W>> derivatives(derives ? slices.count * samples_all : 0);
+#pragma omp parallel for schedule(dynamic) num_threads(threads) collapse(2)
+    for (int64_t begin = 0; begin < pixels; begin += range) {
+        for (int64_t slice = 0; slice < slices.count; ++slice) {
+            const int64_t end = std::min(pixels, begin + range);
+            W* const gradient = scratch.numbers();
+            W* const sums = gradient + tile_pixels * kTileRow;
+            Sample<W>* const samples = scratch.samples();
+            Derivatives<W>* const found = derivatives.data() + slice * samples_all;
+            // Tiles of an image begin anew at its first pixel.
+            for (Tile tile{begin, 0}; tile.first < end; tile.first += tile_pixels) {
+                tile.count = std::min(tile_pixels, end - tile.first);
+                for (int64_t tap = 0; tap < taps; ++tap) {
+                    find_samples(p, tile, tap, samples);
+                    std::memset(sums, 0, sums_size * sizeof(W));
+                    for (int64_t i = slices.first_block(slice); i < slices.first_block(slice + 1); ++i) {
+                        const Block block = find_block(s, slices.width, i);
+                        find_block_gradient(p, tile, tap, block, weight, gradient);
+                        if (derives) multiply_corners<T>(p, tile, samples, block, gradient, kTileRow, sums);
+                        if (scatters) scatter_block(p, tile, samples, block, gradient, kTileRow);
+                    }
+                    for (int64_t i = 0; derives && i < tile.count * s.offset_groups; ++i) {
+                        const int64_t at = (i % s.offset_groups) * tile.count + i / s.offset_groups;
+                        found[(tile.first * s.offset_groups + i) * taps + tap] =
+                            Derivatives<W>(samples[at], sums + 4 * at);
+                    }
+                }
+            }
+        }
+    }
+    if (derives) add_slices(p, derivatives.data(), slices.count, threads);
+}
+
+template <class T>
+void differentiate_weight_all(const Params& p, const Where& where) {
+    using W = wide<T>;
+    const Shape& s = p.shape;
+    const int64_t taps = s.kernel_h * s.kernel_w, pixels = s.images * s.out_height * s.out_width;
+    const int64_t outputs = p.outputs / s.groups, parts = ceil_div(outputs, kBlock);
+    const int threads = pixels * taps * s.channels < kFewNumbers ? 1 : where.threads;
+    const int64_t tile_pixels = std::min<int64_t>(pixels, 256);
+    // Each thread has some of (block of channels, outputs, tap); wide blocks find the fewest coordinates.
+    const int64_t wanted = ceil_div<int64_t>(4 * threads, taps * parts);
+    const Slices slices(s, kPanel<W>, std::max<int64_t>(1, wanted));
+    const Scratch<W> scratch(threads, (tile_pixels + kBlock) * kTileRow, s.offset_groups * tile_pixels);
+    const Strides& strides = p.weight_gradient_strides;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) collapse(3)
+    for (int64_t index = 0; index < slices.blocks; ++index) {
+        for (int64_t part = 0; part < parts; ++part) {
+            for (int64_t tap = 0; tap < taps; ++tap) {
+                const Block block = find_block(s, slices.width, index);
+                const int64_t first_output = block.group * outputs + part * kBlock;
+                const int64_t count = std::min(kBlock, outputs - part * kBlock);
+                W* const block_samples = scratch.numbers();
+                W* const sums = block_samples + tile_pixels * kTileRow;
+                std::memset(sums, 0, count * kTileRow * sizeof(W));
+                for (Tile tile{0, 0}; tile.first < pixels; tile.first += tile_pixels) {
+                    tile.count = std::min(tile_pixels, pixels - tile.first);
+                    find_samples(p, tile, tap, scratch.samples());
+                    sample_block<T>(p, tile, scratch.samples(), block, block_samples, kTileRow);
+                    const W* const gradient =
+                        static_cast<const W*>(p.gradient) + tile.first * p.outputs + first_output;
+                    multiply_add<W>(count, block.count, tile.count, {gradient, 1, p.outputs},
+                                    {block_samples, kPanel<W>, kTileRow}, sums, kTileRow);
+                }
+                W* const to = static_cast<W*>(p.weight_gradient) + first_output * strides.image +
+                              block.first * strides.channel + tap / s.kernel_w * strides.y +
+                              tap % s.kernel_w * strides.x;
+                for (int64_t o = 0; o < count; ++o) {
+                    for (int64_t c = 0; c < block.count; ++c) {
+                        to[o * strides.image + c * strides.channel] = sums[o * kTileRow + c];
+                    }
+                }
+            }
+        }
+    }
 }
 
 }  // namespace
 
-void sample(const Params& p, const Where& where) {
-    switch (p.dtype) {
-        case DType::kFloat64:
-            return sample_all<double>(p, where);
-        case DType::kFloat32:
-            return sample_all<float>(p, where);
-        case DType::kFloat16:
-            return sample_all<Float16>(p, where);
-        case DType::kBFloat16:
-            return sample_all<BFloat16>(p, where);
+#define WSSS_FOR_EACH_TYPE(function)             \
+    switch (p.dtype) {                           \
+        case DType::kFloat64:                    \
+            return function<double>(p, where);   \
+        case DType::kFloat32:                    \
+            return function<float>(p, where);    \
+        case DType::kFloat16:                    \
+            return function<Float16>(p, where);  \
+        case DType::kBFloat16:                   \
+            return function<BFloat16>(p, where); \
     }
-}
 
-void differentiate(const Params& p, const Where& where) {
-    switch (p.dtype) {
-        case DType::kFloat64:
-            return differentiate_all<double>(p, where);
-        case DType::kFloat32:
-            return differentiate_all<float>(p, where);
-        case DType::kFloat16:
-            return differentiate_all<Float16>(p, where);
-        case DType::kBFloat16:
-            return differentiate_all<BFloat16>(p, where);
-    }
+void convolve(const Params& p, const Where& where) { WSSS_FOR_EACH_TYPE(convolve_all) }
+void differentiate(const Params& p, const Where& where) { WSSS_FOR_EACH_TYPE(differentiate_all) }
+void differentiate_weight(const Params& p, const Where& where) {
+    WSSS_FOR_EACH_TYPE(differentiate_weight_all)
 }
 
 }  // namespace wsss::deform::WSSS_LEVEL

@@ -1,11 +1,11 @@
-// Deformable convolution around its matrix products, which PyTorch computes: what a backend is asked to do.
+// Deformable convolution: what a backend is asked to do. The CPU multiplies samples while they are in its
+// caches; CUDA lays them out in columns, chunk by chunk, which PyTorch multiplies.
 //
-//   columns  [count][groups][taps][channels / groups]   dense; the chunk of `count` output pixels from
-//   `first` on input    [images][height][width][channels]          any strides, channels dense offset
-//   [images][2 * offset_groups * taps][out_height][out_width]   any strides, y before x mask
-//   [images][offset_groups * taps][out_height][out_width]       any strides, or null: all ones
+//   input    [images][height][width][channels]          any strides, channels dense
+//   offset   [images][2 * offset_groups * taps][out_height][out_width]   any strides, y before x
+//   mask     [images][offset_groups * taps][out_height][out_width]       any strides, or null: all ones
 //
-// Output pixels are counted over all images. Offsets, masks and every gradient but that of the columns are in
+// Output pixels are counted over all images. Offsets, masks and all gradients but that of the columns are in
 // the wide type of the element type: double for double, float for the others.
 #pragma once
 
@@ -25,7 +25,7 @@ struct Strides {  // in elements
 };
 
 struct Params {
-    DType dtype;  // of input and columns
+    DType dtype;  // of input, output and columns
     Shape shape;
     const void* input;
     Strides input_strides;  // channel: 1
@@ -33,33 +33,57 @@ struct Params {
     Strides offset_strides;
     const void* mask;
     Strides mask_strides;
-    void* columns;
-    int64_t first, count;
 
-    // What a gradient is wanted of; null where it is not.
+    // Gradients; null where one is not wanted.
     void* offset_gradient;
     Strides offset_gradient_strides;
     void* mask_gradient;
     Strides mask_gradient_strides;
     void* input_gradient;  // [images][height][width][channels], dense; is added to
 
-    // The deterministic way to the input's gradient: 4 corners per sample, in the order pixel, offset group,
+#if defined(WSSS_BACKEND_CPU)
+    int64_t outputs;     // output channels
+    const void* weight;  // [outputs][channels / groups][kernel_h][kernel_w] of the element type
+    Strides weight_strides;
+    const void* bias;  // [outputs] of the wide type, or null
+    void* output;
+    Strides output_strides;
+    const void* gradient;   // of the output, [output pixels][outputs] of the wide type, dense
+    void* packed;           // packed_size(...) numbers of the wide type, for the weight in panels
+    void* weight_gradient;  // of the wide type
+    Strides weight_gradient_strides;
+#else
+    void* columns;  // [count][groups][taps][channels / groups], dense: of the output pixels from `first` on
+    int64_t first, count;
+    // The deterministic way to the input's gradient: 4 corners a sample, in the order pixel, offset group,
     // tap.
-    int64_t* targets;  // (image pixel) * offset_groups + group; images * height * width * offset_groups: none
-    void* weights;     // of the corners
+    int64_t* targets;       // (image pixel) * offset_groups + group; or, for none, one more than all of them
+    void* weights;          // of the corners
     const int64_t* order;   // of the corners, by target
     const int64_t* starts;  // of each target's corners in `order`, and the end
+#endif
 };
 
-// columns = the samples of the input.
+#if defined(WSSS_BACKEND_CPU)
+
+// output = bias + weight * samples.
+WSSS_OPERATION(convolve, Params)
+// offset_gradient, mask_gradient = from the output's; input_gradient += likewise.
+WSSS_OPERATION(differentiate, Params)
+// weight_gradient = from the output's.
+WSSS_OPERATION(differentiate_weight, Params)
+
+#else
+
+// columns = the samples.
 WSSS_OPERATION(sample, Params)
 // offset_gradient, mask_gradient = from the columns' gradient in `columns`; input_gradient += likewise.
 WSSS_OPERATION(differentiate, Params)
-#if !defined(WSSS_BACKEND_CPU)  // which adds in a fixed order anyway
 // targets, weights = of the samples' corners.
 WSSS_OPERATION(find_targets, Params)
 // input_gradient += from the columns' gradient, each target's corners in their order.
 WSSS_OPERATION(gather, Params)
+
 #endif
 
 }  // namespace wsss::deform
