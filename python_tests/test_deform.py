@@ -9,7 +9,7 @@ import torch
 from deform_cases import BOUNDS, CASES, NAMES, Case, as_double, assert_near, run, tensors
 from harness import FLOATS, LAYOUTS
 
-from wsss_ops import _backend, _columns, _products, deform_conv2d, reference, set_workspace_limit
+from wsss_ops import _backend, deform_conv2d, reference, set_workspace_limit
 
 FULL = Case((2, 6, 6, 5), 4, (3, 2), padding=1, groups=2, offset_groups=2, masked=True)
 
@@ -106,30 +106,35 @@ def calls(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     on_cpu = device.type == "cpu"
     recorder = Recorder(_backend.cpu_module() if on_cpu else _backend.cuda_module(), called)
     monkeypatch.setattr(_backend, "_on_cpu" if on_cpu else "_cuda", recorder)
-    product = _columns.product
-    monkeypatch.setattr(_columns, "product", lambda kind, *operands: called.append(kind) or product(kind, *operands))
+    multiply = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *operands, **out: called.append("product") or multiply(*operands, **out))
     return called
 
 
-@pytest.mark.parametrize(
-    ("wanted", "expected"),
-    {
-        "input": {"columns_gradient", "input"},
-        "offset": {"columns_gradient", "offset"},
-        "mask": {"columns_gradient", "mask"},
-        "weight": {"deform_sample", "weight_gradient"},
-        "bias": set(),
-    }.items(),
-)
-def test_computes_only_what_is_asked_for(
-    device: torch.device, calls: list[str], wanted: str, expected: set[str]
-) -> None:
+NEEDED_ON_CUDA = {
+    "output": ["deform_sample", "product"],
+    "input": ["product", "input"],
+    "offset": ["product", "offset"],
+    "mask": ["product", "mask"],
+    "weight": ["deform_sample", "product"],
+    "bias": [],
+}
+NEEDED_ON_CPU = {  # kernels that multiply by themselves
+    "output": ["deform_convolve"],
+    "input": ["input"],
+    "offset": ["offset"],
+    "mask": ["mask"],
+    "weight": ["deform_differentiate_weight"],
+    "bias": [],
+}
+
+
+@pytest.mark.parametrize("wanted", NAMES)
+def test_computes_only_what_is_asked_for(device: torch.device, calls: list[str], wanted: str) -> None:
     torch.use_deterministic_algorithms(False)
     run(deform_conv2d, FULL.options, tensors(FULL, device, torch.float32), [wanted])
-    forward, backward = calls[:2], calls[2:]
-    assert sorted(forward) == ["deform_sample", "forward"]
-    assert set(backward) == expected
-    assert len(backward) == len(expected)
+    needed = NEEDED_ON_CPU if _backend.offers(device, "deform_convolve") else NEEDED_ON_CUDA
+    assert calls == needed["output"] + needed[wanted]
 
 
 @pytest.mark.parametrize("wanted", NAMES)
@@ -163,16 +168,3 @@ def test_small_workspaces(device: torch.device, dtype: torch.dtype, nbytes: int)
         set_workspace_limit(256 * 2**20)
     assert_near(got, run(deform_conv2d, case.options, given), BOUNDS[dtype])
     assert_near(got, run(reference.deform_conv2d, case.options, as_double(given)), BOUNDS[dtype])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("way", ["_MM", "_CONV"])
-def test_both_kinds_of_products(monkeypatch: pytest.MonkeyPatch, way: str, dtype: torch.dtype) -> None:
-    """On a CPU the faster one is taken: here each in turn, whichever it would be."""
-    torch.use_deterministic_algorithms(False)
-    for table in ("_MM", "_CONV"):
-        monkeypatch.setattr(_products, table, getattr(_products, way))
-    for case in (CASES["3x3"], FULL, CASES["depthwise"]):
-        given = tensors(case, torch.device("cpu"), dtype)
-        got = run(deform_conv2d, case.options, given)
-        assert_near(got, run(reference.deform_conv2d, case.options, as_double(given)), BOUNDS[dtype])

@@ -20,7 +20,7 @@ FUNCTIONS = {"operator": deform_conv2d, "reference": reference.deform_conv2d}
 @pytest.mark.parametrize("value", [nan, inf, -inf, 1e9, -1e9, 1e30, -1e30])
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_offsets_out_of_this_world(device: torch.device, function, dtype: torch.dtype, value: float) -> None:
-    """Such a sample, its own gradients and its part in all others are exactly 0: as if masked out."""
+    """Such a sample, its own gradients and its part in all others are exactly 0: as if masked out by 0."""
     given = tensors(CASE, device, dtype)
     pairs = given["offset"].unflatten(1, (-1, 2))
     which = torch.randint(0, 5, pairs[:, :, 0].shape, device=device)  # 0: y, 1: x, 2: both, 3 and 4: a sound sample
@@ -28,6 +28,7 @@ def test_offsets_out_of_this_world(device: torch.device, function, dtype: torch.
     masked = {**given, "mask": given["mask"].masked_fill(gone, 0)}
     broken = torch.stack([(which == 0) | (which == 2), (which == 1) | (which == 2)], dim=2).flatten(1, 2)
     given["offset"] = given["offset"].double().masked_fill(broken, value).to(dtype)  # 1e9 is inf in half precision
+    given["mask"] = given["mask"].masked_fill(which == 1, nan)
 
     got = run(function, CASE.options, given)
     expected = run(reference.deform_conv2d, CASE.options, as_double(masked))

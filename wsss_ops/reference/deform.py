@@ -33,14 +33,16 @@ def deform_conv2d(
     rows = torch.arange(out_height, device=input.device, dtype=dtype)[:, None] * step_y - pad_y
     columns = torch.arange(out_width, device=input.device, dtype=dtype) * step_x - pad_x
 
+    masks = None
+    if mask is not None:
+        masks = mask.to(dtype).reshape(n, offset_groups, kh, kw, out_height, out_width)
+
     samples = []
     for i in range(kh):
         for j in range(kw):
             shift_y, shift_x = shifts[:, :, i, j].unbind(2)
-            taps = _sample(images, rows + i * apart_y + shift_y, columns + j * apart_x + shift_x)
-            if mask is not None:
-                taps = taps * mask.to(dtype).reshape(n, offset_groups, kh, kw, 1, out_height, out_width)[:, :, i, j]
-            samples.append(taps)
+            factor = None if masks is None else masks[:, :, i, j]
+            samples.append(_sample(images, rows + i * apart_y + shift_y, columns + j * apart_x + shift_x, factor))
 
     pixels = out_height * out_width
     sampled = torch.stack(samples, dim=3).reshape(n, groups, group_channels * kh * kw, pixels)
@@ -51,10 +53,11 @@ def deform_conv2d(
     return result.to(input.dtype).contiguous(memory_format=memory_format(is_channels_last(input)))
 
 
-def _sample(images: Tensor, y: Tensor, x: Tensor) -> Tensor:
+def _sample(images: Tensor, y: Tensor, x: Tensor, factor: Tensor | None) -> Tensor:
     """images [N, G, D, H, W] at the points y, x [N, G, h, w] -> [N, G, D, h, w]: bilinear, zero beyond the images.
 
-    Every corner inside the image is read, even where its weight is 0: NaN pixels reach such samples too.
+    factor [N, G, h, w], or None for ones, is multiplied in; beyond the images it counts as 0, whatever it is. Every
+    corner inside an image is read, even where its weight is 0: NaN pixels reach such samples too.
     """
     n, groups, channels, height, width = images.shape
     # Comparisons with NaN are false: non-finite points end here too, and `where` passes no gradient back to them.
@@ -63,13 +66,14 @@ def _sample(images: Tensor, y: Tensor, x: Tensor) -> Tensor:
     top, left = y.detach().floor(), x.detach().floor()
     below, right = y - top, x - left  # the floor is a constant: at integers this gives right-hand derivatives
 
+    factor = inside.to(y.dtype) if factor is None else torch.where(inside, factor, 0)
     total = images.new_zeros((n, groups, channels, *y.shape[2:]))
     for row, weight_y in ((top.long(), 1 - below), (top.long() + 1, below)):
         for column, weight_x in ((left.long(), 1 - right), (left.long() + 1, right)):
             known = inside & (row >= 0) & (row < height) & (column >= 0) & (column < width)
             index = torch.where(known, row * width + column, 0).flatten(2)[:, :, None].expand(-1, -1, channels, -1)
             corner = images.flatten(3).gather(3, index).reshape(total.shape)
-            total = total + torch.where(known[:, :, None], corner, 0) * (weight_y * weight_x)[:, :, None]
+            total = total + torch.where(known[:, :, None], corner, 0) * (weight_y * weight_x * factor)[:, :, None]
     return total
 
 
