@@ -145,13 +145,17 @@ def test_each_gradient_alone(device: torch.device, wanted: str) -> None:
     assert_near(got, run(reference.deform_conv2d, FULL.options, as_double(given), [wanted]), BOUNDS[torch.float32])
 
 
-def test_empty_batch(device: torch.device) -> None:
-    case = Case((0, 6, 6, 5), 4, (3, 2), padding=1, groups=2, masked=True)
+@pytest.mark.parametrize("image", [(0, 6, 6, 5), (2, 6, 0, 5), (2, 6, 6, 0)])
+def test_nothing_to_sample(device: torch.device, image: tuple[int, int, int, int]) -> None:
+    """No images, or images of no pixels: within padding the result is the bias."""
+    case = Case(image, 4, (3, 2), padding=2, groups=2, masked=True)
     given = tensors(case, device, torch.float32)
-    got = run(deform_conv2d, case.options, given)
-    assert {name: tensor.shape for name, tensor in got.items()} == case.shapes
-    assert not got["weight"].any()
-    assert not got["bias"].any()
+    for function in (deform_conv2d, reference.deform_conv2d):
+        got = run(function, case.options, given)
+        assert {name: tensor.shape for name, tensor in got.items()} == case.shapes
+        assert torch.equal(got.pop("output"), given["bias"][:, None, None].expand(case.shapes["output"]))
+        assert_near({"bias": got.pop("bias")}, {"bias": given["output"].sum((0, 2, 3))}, BOUNDS[torch.float32])
+        assert not any(gradient.any() for gradient in got.values())
 
 
 @pytest.mark.parametrize("nbytes", [1, 500, 3000])

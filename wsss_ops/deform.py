@@ -188,7 +188,7 @@ def _forward(
         return _in_format_of(input, rows.view(n, height, width, outputs).permute(0, 3, 1, 2))
     output = _empty_output(input, offset, weight, bias, mask, settings)
     panels = _panels(weight, weight.shape[0] // settings[6], offset)
-    wide_bias = None if bias is None else bias.to(offset.dtype)
+    wide_bias = None if bias is None else bias.to(offset.dtype).contiguous()
     where = (pixels, offset, mask, (*weight.shape[2:], *settings))
     call("deform_convolve", input.device, *where, weight, wide_bias, panels, output)
     return output

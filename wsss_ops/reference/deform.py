@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._layout import is_channels_last, memory_format
@@ -67,13 +68,14 @@ def _sample(images: Tensor, y: Tensor, x: Tensor, factor: Tensor | None) -> Tens
     below, right = y - top, x - left  # the floor is a constant: at integers this gives right-hand derivatives
 
     factor = inside.to(y.dtype) if factor is None else torch.where(inside, factor, 0)
+    pixels = F.pad(images.flatten(3), (0, 1))  # with a zero behind them for what lies beyond
     total = images.new_zeros((n, groups, channels, *y.shape[2:]))
     for row, weight_y in ((top.long(), 1 - below), (top.long() + 1, below)):
         for column, weight_x in ((left.long(), 1 - right), (left.long() + 1, right)):
             known = inside & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            index = torch.where(known, row * width + column, 0).flatten(2)[:, :, None].expand(-1, -1, channels, -1)
-            corner = images.flatten(3).gather(3, index).reshape(total.shape)
-            total = total + torch.where(known[:, :, None], corner, 0) * (weight_y * weight_x * factor)[:, :, None]
+            index = torch.where(known, row * width + column, height * width)
+            corner = pixels.gather(3, index.flatten(2)[:, :, None].expand(-1, -1, channels, -1))
+            total = total + corner.reshape(total.shape) * (weight_y * weight_x * factor)[:, :, None]
     return total
 
 
