@@ -81,6 +81,8 @@ CASES = {
     "groups across offset groups": Case((2, 12, 5, 6), 6, (2, 3), padding=1, groups=3, offset_groups=2, masked=True),
     "64 channels": Case((1, 64, 5, 6), 9, (3, 3), padding=1),
     "160 channels": Case((1, 160, 4, 5), 8, (3, 3), padding=1, groups=2, offset_groups=2, masked=True),
+    "520 channels": Case((1, 520, 3, 4), 36, (1, 2), groups=2, offset_groups=4, masked=True),
+    "70 outputs": Case((1, 5, 6, 7), 70, (3, 3), padding=1),
     "33 images": Case((33, 2, 4, 3), 2, (3, 3), padding=1, masked=True),
     "one row": Case((2, 5, 1, 19), 4, (1, 3), padding=(0, 1)),
     "padding beyond reach": Case((1, 2, 3, 3), 2, (2, 2), padding=6),
