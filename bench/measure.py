@@ -94,7 +94,7 @@ def peak_memory(function: Function, device: torch.device) -> int:
     # The profiler's library logs each start and stop to stderr unless told not to before its first use.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         result = function()
     del result
     # profile.events() leaves out what operations allocate and free within themselves; the raw records hold it.

@@ -83,6 +83,7 @@ def run_case(case: Case, device: torch.device, rounds: int, compiled: bool) -> d
         "op": case.op,
         "work": case.work,
         "moved_bytes": case.moved_bytes,
+        "flops": case.flops,
         "functions": {
             name: {
                 "median_ms": timing.median * 1e3,

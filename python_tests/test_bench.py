@@ -45,7 +45,7 @@ def test_peak_memory_counts_what_is_freed_within() -> None:
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    small = cases.patch_case("small", "cpu", (1, 4, 8, 8), (2, 2), "split", channels_last=True)
+    small = cases.patch.patch_case("small", "cpu", (1, 4, 8, 8), (2, 2), "split", channels_last=True)
     monkeypatch.setattr(runner, "CASES", [small])
     out, picture = tmp_path / "results.json", tmp_path / "plot.png"
     options = ["--device", "cpu", "--rounds", "5", "--no-compile", "--out", str(out), "--plot", str(picture)]

@@ -1,15 +1,8 @@
-"""The table of cases: what is measured for each operator, and what it competes with.
-
-T1 has the size of a PPL feature map, T1c a size for CPUs.
-
-A case builds functions of no arguments. The first is the floor, the least that the work can cost on the
-machine at hand (a copy, a matrix product); the others do the work itself.
-"""
+"""patch_split and patch_merge against copies: T1 has the size of a PPL feature map, T1c a size for CPUs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -17,17 +10,8 @@ from torch import Tensor
 import wsss_ops
 from wsss_ops import _backend, reference
 
-from .measure import Function
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    op: str
-    work: str
-    device: str
-    moved_bytes: int  # by the floor, read and written
-    build: Callable[[torch.device, bool], Mapping[str, Function]]  # (device, with torch.compile)
+from ..measure import Function
+from .case import Case
 
 
 def patch_case(
@@ -73,7 +57,7 @@ def patch_case(
     )
 
 
-def patch_overhead(device: torch.device) -> dict[str, Function]:
+def overhead(device: torch.device) -> dict[str, Function]:
     x = torch.randn(1, 1, 4, 4, device=device)
     return {
         "wsss_ops": lambda: wsss_ops.patch_split(x, (2, 2)),
@@ -91,6 +75,3 @@ CASES = [
     for direction in ("split", "merge")
     for channels_last in (False, True)
 ]
-# Per operator, calls on inputs too small to matter.
-OVERHEADS: dict[str, Callable[[torch.device], dict[str, Function]]] = {"patch_split": patch_overhead}
-OPERATORS = sorted({case.op for case in CASES})

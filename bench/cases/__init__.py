@@ -1,0 +1,19 @@
+"""The table of cases: what is measured for each operator, and what it competes with. One file per operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..measure import Function
+from . import deform, patch
+from .case import Case
+
+CASES: list[Case] = [*deform.CASES, *patch.CASES]
+# Per operator, calls on inputs too small to matter.
+OVERHEADS: dict[str, Callable[[torch.device], dict[str, Function]]] = {
+    "deform_conv2d": deform.overhead,
+    "patch_split": patch.overhead,
+}
+OPERATORS = sorted({case.op for case in CASES})

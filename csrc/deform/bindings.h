@@ -1,0 +1,173 @@
+// Included by bindings.cpp alone.
+#pragma once
+
+#include "binding.h"
+#include "deform/op.h"
+
+namespace wsss {
+namespace {
+
+// Of a tensor [image, channel, y, x]; zeros where there is none.
+deform::Strides strides(const OptionalTensor& tensor) {
+    if (!tensor) return {};
+    return {tensor->stride(0), tensor->stride(1), tensor->stride(2), tensor->stride(3)};
+}
+
+// settings: kernel, stride, padding and dilation, each (y, x), then groups and offset groups.
+using DeformSettings = std::array<int64_t, 10>;
+
+deform::Params deform_params(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
+                             const DeformSettings& settings) {
+    const auto& [kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups,
+                 offset_groups] = settings;
+    deform::Params p{};
+    p.dtype = input.dtype();
+    p.shape = {input.size(0), input.size(1), input.size(2), input.size(3), offset.size(2), offset.size(3),
+               kernel_h,      kernel_w,      stride_h,      stride_w,      padding_h,      padding_w,
+               dilation_h,    dilation_w,    groups,        offset_groups};
+    p.input = input.data();
+    p.input_strides = strides(input);
+    p.offset = offset.data();
+    p.offset_strides = strides(offset);
+    p.mask = data_or_null(mask);
+    p.mask_strides = strides(mask);
+    return p;
+}
+
+void set_gradients(deform::Params& p, const OptionalTensor& offset, const OptionalTensor& mask,
+                   const OptionalTensor& input) {
+    p.offset_gradient = data_or_null(offset);
+    p.offset_gradient_strides = strides(offset);
+    p.mask_gradient = data_or_null(mask);
+    p.mask_gradient_strides = strides(mask);
+    p.input_gradient = data_or_null(input);
+}
+
+#if defined(WSSS_BACKEND_CPU)
+
+void deform_convolve(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
+                     const DeformSettings& settings, const TensorView& weight, const OptionalTensor& bias,
+                     const TensorView& packed, const TensorView& output, uint64_t where) {
+    deform::Params p = deform_params(input, offset, mask, settings);
+    p.outputs = weight.size(0);
+    p.weight = weight.data();
+    p.weight_strides = strides(weight);
+    p.bias = data_or_null(bias);
+    p.packed = packed.data();
+    p.output = output.data();
+    p.output_strides = strides(output);
+    if (output.elements() > 0) run(deform::convolve, p, input, where);
+}
+
+void deform_differentiate(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
+                          const DeformSettings& settings, const TensorView& weight, const TensorView& packed,
+                          const TensorView& gradient, const OptionalTensor& offset_gradient,
+                          const OptionalTensor& mask_gradient, const OptionalTensor& input_gradient,
+                          uint64_t where) {
+    deform::Params p = deform_params(input, offset, mask, settings);
+    p.outputs = weight.size(0);
+    p.weight = weight.data();
+    p.weight_strides = strides(weight);
+    p.packed = packed.data();
+    p.gradient = gradient.data();
+    set_gradients(p, offset_gradient, mask_gradient, input_gradient);
+    if (gradient.elements() > 0) run(deform::differentiate, p, input, where);
+}
+
+void deform_differentiate_weight(const TensorView& input, const TensorView& offset,
+                                 const OptionalTensor& mask, const DeformSettings& settings,
+                                 const TensorView& gradient, const TensorView& weight_gradient,
+                                 uint64_t where) {
+    deform::Params p = deform_params(input, offset, mask, settings);
+    p.outputs = weight_gradient.size(0);
+    p.gradient = gradient.data();
+    p.weight_gradient = weight_gradient.data();
+    p.weight_gradient_strides = strides(weight_gradient);
+    run(deform::differentiate_weight, p, input, where);
+}
+
+void bind_deform(py::module_& m) {
+    m.def("deform_convolve", &deform_convolve, py::arg("input"), py::arg("offset"), py::arg("mask"),
+          py::arg("settings"), py::arg("weight"), py::arg("bias"), py::arg("packed"), py::arg("output"),
+          py::arg("where"));
+    m.def("deform_differentiate", &deform_differentiate, py::arg("input"), py::arg("offset"), py::arg("mask"),
+          py::arg("settings"), py::arg("weight"), py::arg("packed"), py::arg("gradient"),
+          py::arg("offset_gradient"), py::arg("mask_gradient"), py::arg("input_gradient"), py::arg("where"));
+    m.def("deform_differentiate_weight", &deform_differentiate_weight, py::arg("input"), py::arg("offset"),
+          py::arg("mask"), py::arg("settings"), py::arg("gradient"), py::arg("weight_gradient"),
+          py::arg("where"));
+}
+
+#else
+
+// Of the chunk of `count` output pixels from `first` on.
+deform::Params deform_params(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
+                             const DeformSettings& settings, int64_t first, int64_t count) {
+    deform::Params p = deform_params(input, offset, mask, settings);
+    p.first = first;
+    p.count = count;
+    const deform::Shape& s = p.shape;
+    constexpr int64_t limit = int64_t{1} << 31;  // kernels count these in 32 bits
+    if (s.images * s.out_height * s.out_width >= limit ||
+        s.images * s.height * s.width * s.offset_groups >= limit ||
+        count * s.offset_groups * s.kernel_h * s.kernel_w >= limit) {
+        throw std::invalid_argument("2^31 pixels or samples of a chunk, or more");
+    }
+    return p;
+}
+
+void deform_sample(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
+                   const DeformSettings& settings, int64_t first, const TensorView& columns, uint64_t where) {
+    deform::Params p = deform_params(input, offset, mask, settings, first, columns.size(0));
+    p.columns = columns.data();
+    run(deform::sample, p, input, where);
+}
+
+void deform_differentiate(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
+                          const DeformSettings& settings, int64_t first, const TensorView& columns,
+                          const OptionalTensor& offset_gradient, const OptionalTensor& mask_gradient,
+                          const OptionalTensor& input_gradient, uint64_t where) {
+    deform::Params p = deform_params(input, offset, mask, settings, first, columns.size(0));
+    p.columns = columns.data();
+    set_gradients(p, offset_gradient, mask_gradient, input_gradient);
+    run(deform::differentiate, p, input, where);
+}
+
+void deform_find_targets(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
+                         const DeformSettings& settings, int64_t first, const TensorView& targets,
+                         const TensorView& weights, uint64_t where) {
+    deform::Params p = deform_params(input, offset, mask, settings, first, targets.size(0));
+    p.targets = reinterpret_cast<int64_t*>(targets.data());
+    p.weights = weights.data();
+    run(deform::find_targets, p, input, where);
+}
+
+void deform_gather(const TensorView& input, const TensorView& offset, const DeformSettings& settings,
+                   const TensorView& columns, const TensorView& weights, const TensorView& order,
+                   const TensorView& starts, const TensorView& input_gradient, uint64_t where) {
+    deform::Params p = deform_params(input, offset, {}, settings, 0, columns.size(0));
+    p.columns = columns.data();
+    p.weights = weights.data();
+    p.order = reinterpret_cast<const int64_t*>(order.data());
+    p.starts = reinterpret_cast<const int64_t*>(starts.data());
+    p.input_gradient = input_gradient.data();
+    run(deform::gather, p, input, where);
+}
+
+void bind_deform(py::module_& m) {
+    m.def("deform_sample", &deform_sample, py::arg("input"), py::arg("offset"), py::arg("mask"),
+          py::arg("settings"), py::arg("first"), py::arg("columns"), py::arg("where"));
+    m.def("deform_differentiate", &deform_differentiate, py::arg("input"), py::arg("offset"), py::arg("mask"),
+          py::arg("settings"), py::arg("first"), py::arg("columns"), py::arg("offset_gradient"),
+          py::arg("mask_gradient"), py::arg("input_gradient"), py::arg("where"));
+    m.def("deform_find_targets", &deform_find_targets, py::arg("input"), py::arg("offset"), py::arg("mask"),
+          py::arg("settings"), py::arg("first"), py::arg("targets"), py::arg("weights"), py::arg("where"));
+    m.def("deform_gather", &deform_gather, py::arg("input"), py::arg("offset"), py::arg("settings"),
+          py::arg("columns"), py::arg("weights"), py::arg("order"), py::arg("starts"),
+          py::arg("input_gradient"), py::arg("where"));
+}
+
+#endif
+
+}  // namespace
+}  // namespace wsss
