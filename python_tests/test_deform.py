@@ -172,3 +172,17 @@ def test_small_workspaces(device: torch.device, dtype: torch.dtype, nbytes: int)
         set_workspace_limit(256 * 2**20)
     assert_near(got, run(deform_conv2d, case.options, given), BOUNDS[dtype])
     assert_near(got, run(reference.deform_conv2d, case.options, as_double(given)), BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_over_chunks_are_wide(device: torch.device, dtype: torch.dtype) -> None:
+    """256 chunks add to the weight's gradient: in half precision such a sum would stop growing."""
+    case = Case((1, 2, 16, 16), 2, (1, 1), biased=False)
+    given = {name: tensor.abs() for name, tensor in tensors(case, device, dtype).items()}
+    given["offset"] = torch.full_like(given["offset"], 0.25)
+    set_workspace_limit(1)
+    try:
+        got = run(deform_conv2d, case.options, given, ["weight"])
+    finally:
+        set_workspace_limit(256 * 2**20)
+    assert_near(got, run(reference.deform_conv2d, case.options, as_double(given), ["weight"]), BOUNDS[dtype])
