@@ -3,11 +3,13 @@
 #include "deform/bindings.h"
 
 #include "backend.h"
+#include "clip/bindings.h"
 #include "patch/bindings.h"
 
 PYBIND11_MODULE(WSSS_MODULE, m) {
     m.doc() = "Operators of one wsss_ops backend; called by the functions of the package, not by users.";
     wsss::bind_backend(m);
+    wsss::bind_clip(m);
     wsss::bind_deform(m);
     wsss::bind_patch(m);
 }

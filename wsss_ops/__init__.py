@@ -1,9 +1,10 @@
 """Fused operators for weakly supervised semantic segmentation."""
 
 from ._columns import set_workspace_limit
+from .clip import clip_features
 from .deform import deform_conv2d
 from .patch import patch_merge, patch_split
 
 __version__ = "0.1.0"
 
-__all__ = ["deform_conv2d", "patch_merge", "patch_split", "set_workspace_limit"]
+__all__ = ["clip_features", "deform_conv2d", "patch_merge", "patch_split", "set_workspace_limit"]
