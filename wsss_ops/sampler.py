@@ -1,0 +1,197 @@
+"""Modules on deform_conv2d: torchvision's DeformConv2d, and the sampler of ESOL that learns its own offsets.
+
+Li et al., Expansion and Shrinkage of Localization for Weakly-Supervised Semantic Segmentation, NeurIPS 2022 (arXiv
+2209.07761), section 3. The smooth bound on offsets is our reading.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import check_int, check_two
+from .deform import deform_conv2d
+
+
+class _Sampling(nn.Module):
+    """Weight, bias and geometry of a deformable convolution, named as in torch.nn.Conv2d."""
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int],
+        padding: int | Sequence[int],
+        dilation: int | Sequence[int],
+        groups: int,
+        bias: bool,
+    ) -> None:
+        super().__init__()
+        self.in_channels = check_int("in_channels", in_channels, 1)
+        self.out_channels = check_int("out_channels", out_channels, 1)
+        self.kernel_size = check_two("kernel_size", kernel_size, 1)
+        self.stride = check_two("stride", stride, 1)
+        self.padding = check_two("padding", padding, 0)
+        self.dilation = check_two("dilation", dilation, 1)
+        self.groups = check_int("groups", groups, 1)
+        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if channels % groups != 0:
+                raise ValueError(f"{name} must be a multiple of groups, {groups}, got {channels}")
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_channels)) if bias else None)
+
+    def reset_parameters(self) -> None:
+        """Draws weight and bias anew, as torch.nn.Conv2d does."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight[0].numel())
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        text += f", padding={self.padding}" if self.padding != (0, 0) else ""
+        text += f", dilation={self.dilation}" if self.dilation != (1, 1) else ""
+        text += f", groups={self.groups}" if self.groups != 1 else ""
+        return text + (", bias=False" if self.bias is None else "")
+
+
+class DeformConv2d(_Sampling):
+    """torchvision.ops.DeformConv2d on our `deform_conv2d`: the same arguments, initialisation and state_dict.
+
+    Args:
+        in_channels, out_channels: multiples of groups.
+        kernel_size, stride, padding, dilation: an int or (y, x).
+        bias: whether there is one.
+
+    Parameters: `weight` [out_channels, in_channels / groups, kH, kW] and `bias` [out_channels].
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was got.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        self.reset_parameters()
+
+    def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`deform_conv2d` of input [N, in_channels, H, W] with this layer's weight and bias."""
+        return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
+
+
+class DeformSampler(_Sampling):
+    """The layer of ESOL: a convolution whose sampling points move by offsets that a branch of it learns.
+
+    The branch, `offset_branch`, is a convolution of the same input with the same kernel, stride, padding and dilation.
+    It starts as zero, so that the layer starts as the plain convolution with its weight and bias, whose parameters
+    have the same names (`load_state_dict(convolution.state_dict(), strict=False)` takes them over;
+    `nn.init.dirac_(sampler.weight)` makes it the identity).
+
+    Args:
+        in_channels, out_channels: multiples of groups; in_channels also of offset_groups.
+        kernel_size, stride, dilation: an int or (y, x).
+        padding: an int, (y, x), or "same": dilation * (kernel_size - 1) / 2 pixels on each side, for odd kernels; with
+            stride 1 the map keeps its size.
+        offset_groups: each has offsets of its own for its in_channels / offset_groups channels.
+        bias: whether the sampling has one; the branch always does.
+        max_offset: bound in pixels of the feature map: max_offset * tanh(offset / max_offset). None for no bound.
+        freeze_weight: no gradient reaches weight and bias.
+        detach_input: no gradient reaches the input, neither through the sampling nor through the branch.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was got.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = "same",
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        offset_groups: int = 1,
+        bias: bool = True,
+        max_offset: float | None = 2.0,
+        freeze_weight: bool = False,
+        detach_input: bool = False,
+    ) -> None:
+        if isinstance(padding, str):
+            padding = _same_padding(padding, kernel_size, dilation)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        self.offset_groups = check_int("offset_groups", offset_groups, 1)
+        if in_channels % offset_groups != 0:
+            raise ValueError(f"in_channels must be a multiple of offset_groups, {offset_groups}, got {in_channels}")
+        if max_offset is not None:
+            if isinstance(max_offset, bool) or not isinstance(max_offset, (int, float)):
+                raise TypeError(f"max_offset must be a number or None, got {max_offset!r}")
+            if not 0 < max_offset < math.inf:
+                raise ValueError(f"max_offset must be finite and above 0, or None, got {max_offset}")
+        self.max_offset = max_offset
+        self.freeze_weight = freeze_weight
+        self.detach_input = detach_input
+        self.offset_branch = nn.Conv2d(
+            in_channels,
+            2 * offset_groups * self.kernel_size[0] * self.kernel_size[1],
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws weight and bias anew, as torch.nn.Conv2d does; the branch becomes zero again."""
+        super().reset_parameters()
+        for parameter in self.offset_branch.parameters():
+            nn.init.zeros_(parameter)
+
+    def offsets(self, x: Tensor) -> Tensor:
+        """Where the taps go, for x [N, in_channels, H, W]: the bounded offsets in pixels, float32 or wider.
+
+        [N, 2 * offset_groups * K, Ho, Wo], channel 2 * (g * K + k) the y, the next one the x displacement of tap k.
+        """
+        raw = self.offset_branch(x.detach() if self.detach_input else x)
+        offset: Tensor = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        return offset if self.max_offset is None else self.max_offset * torch.tanh(offset / self.max_offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, in_channels, H, W] -> [N, out_channels, Ho, Wo], sampled at `offsets(x)`."""
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if self.freeze_weight:
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        source = x.detach() if self.detach_input else x
+        return deform_conv2d(source, self.offsets(x), weight, bias, self.stride, self.padding, self.dilation)
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        text += f", offset_groups={self.offset_groups}" if self.offset_groups != 1 else ""
+        text += f", max_offset={self.max_offset}"
+        text += ", freeze_weight=True" if self.freeze_weight else ""
+        return text + (", detach_input=True" if self.detach_input else "")
+
+
+def _same_padding(padding: str, kernel_size: int | Sequence[int], dilation: int | Sequence[int]) -> tuple[int, int]:
+    if padding != "same":
+        raise ValueError(f'padding must be an int, a pair of ints or "same", got {padding!r}')
+    kernel, steps = check_two("kernel_size", kernel_size, 1), check_two("dilation", dilation, 1)
+    if kernel[0] % 2 == 0 or kernel[1] % 2 == 0:
+        raise ValueError(f'kernel_size must be odd for padding="same", got {kernel_size}')
+    return steps[0] * (kernel[0] // 2), steps[1] * (kernel[1] // 2)
