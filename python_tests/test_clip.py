@@ -209,7 +209,7 @@ def test_instruction_sets_and_threads(level: str) -> None:
     before = module.level()
     module.set_level(level)
     try:
-        for count in (1, 2, 3, 5):
+        for count in (2, 3):
             torch.set_num_threads(count)
             for shape in [(1, 7, 63, 65), (3, 7, 63, 65), (7, 2, 50, 50)]:
                 for dtype in FLOATS:
