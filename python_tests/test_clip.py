@@ -116,6 +116,26 @@ def test_infinities(device: torch.device, dtype: torch.dtype) -> None:
     assert torch.equal(check(x)[:2], x[:2])
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=name)
+def test_zeros_of_either_sign_are_equal(device: torch.device, dtype: torch.dtype) -> None:
+    """A maximum of -0 in one chunk does not stop the gradient at the +0 of another."""
+    x = torch.full((1, 4, 57, 56), -0.0, dtype=dtype, device=device)
+    x[0, 3, -1, -1] = 0.0
+    check(x)
+    check(-x)
+
+
+def test_images_an_odd_number_apart(device: torch.device) -> None:
+    """Whole vectors within an image, but not from one image to the next."""
+
+    def apart(numbers: int) -> Tensor:
+        storage = values((3 * 160,), torch.float32, device)
+        return storage.as_strided((3, 8, 4, 4), (numbers, 16, 4, 1))
+
+    for x, grad in [(129, 128), (128, 129), (131, 130)]:
+        check(apart(x), grad=apart(grad))
+
+
 def test_half_precision_subnormals_and_largest(device: torch.device) -> None:
     for factor in (2.0**-20, 2.0**13):
         check(values((2, 4, 5, 5), torch.float64, device).mul(factor).half())

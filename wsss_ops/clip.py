@@ -91,16 +91,9 @@ def _differentiate(grad: Tensor, x: Tensor, limits: Tensor) -> Tensor:
     x_grad = _empty_flat(x)
     if x.numel() > 0:
         source = x if _is_flat(x) else torch.empty_like(x_grad).copy_(x)
-        same_order = grad.stride()[1:] == x_grad.stride()[1:]
-        call(
-            "clip_features_backward",
-            x.device,
-            grad if same_order else x_grad.copy_(grad),
-            source,
-            limits,
-            x_grad,
-            _chunks(x),
-        )
+        if grad.stride()[1:] != x_grad.stride()[1:]:
+            grad = x_grad.copy_(grad)
+        call("clip_features_backward", x.device, grad, source, limits, x_grad, _chunks(x))
     return x_grad
 
 
