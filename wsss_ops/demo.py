@@ -96,4 +96,24 @@ def check_merge(device: torch.device) -> tuple[float, float]:
     )
 
 
-CHECKS = {"patch_split": check_split, "patch_merge": check_merge}
+def check_deform(device: torch.device) -> tuple[float, float]:
+    offset = 2 * torch.randn(2, 18, 17, 19, device=device)
+    weight = torch.randn(16, 24, 3, 3, device=device) / 15
+    return largest_difference(
+        lambda x: wsss_ops.deform_conv2d(x, offset, weight, padding=1),
+        lambda x: reference.deform_conv2d(x, offset, weight, padding=1),
+        torch.randn(2, 24, 17, 19, device=device),
+    )
+
+
+def check_clip(device: torch.device) -> tuple[float, float]:
+    x = torch.randn(2, 24, 17, 19, device=device)
+    return largest_difference(lambda x: wsss_ops.clip_features(x, 0.3), lambda x: reference.clip_features(x, 0.3), x)
+
+
+CHECKS = {
+    "patch_split": check_split,
+    "patch_merge": check_merge,
+    "deform_conv2d": check_deform,
+    "clip_features": check_clip,
+}
