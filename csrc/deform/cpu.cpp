@@ -3,19 +3,21 @@
 //
 // D3 (N2 C256 32x32 3x3, fp32, 256 outputs): 2.4 GFLOP forward, twice that backward (once where only offsets
 // learn). Laid out in columns the samples would be 19 MB, written and read again through pages that the
-// system has to map for nearly every call. Mapping: a tile of output pixels and one tap at a time.
-// Coordinates and weights are found once a tap; all channels of a sample are blended in vectors into a block
-// of kBlock channels, which multiply.h multiplies:
-//   forward           tile [pixels][channels] x weight [channels][outputs], threads share the tiles out;
-//   offset, mask      gradient [pixels][outputs] x weight [outputs][channels], then dot products with the
-//   corners; input             the same block is added to the corners. Threads share out images and blocks of
-//   channels, so
-//                     that no two add to the same number;
-//   weight            gradient [outputs][pixels] x tile [pixels][channels], threads share out taps and
-//   blocks.
-// Each sum's order depends on the shapes (and for the input's, mask's and offset's gradient on the thread
-// count, where fewer images than threads are cut into blocks of channels), never on chance: all of it is
-// deterministic.
+// system has to map for nearly every call.
+// Got, in times of the best library's products alone: forward 1.14, with the offset's gradient 1.23, with all
+// gradients 1.07 (channels_last; the same library on columns: 1.2 to 1.6, 1.4 and 1.5).
+//
+// Mapping: a tile of output pixels and one tap at a time. Coordinates and weights are found once a tap; all
+// channels of a sample are blended in vectors into a block of kBlock channels, which multiply.h multiplies:
+// - Forward: tile [pixels][channels] x weight [channels][outputs]; threads share the tiles out.
+// - Offset, mask: gradient [pixels][outputs] x weight [outputs][channels], then dot products with the
+// corners.
+// - Input: the same block is added to the corners. Threads share out images and blocks of channels, so that
+//   no two add to the same number.
+// - Weight: gradient [outputs][pixels] x tile [pixels][channels]; threads share out taps and blocks.
+//
+// The order of a sum depends on the shapes (and, where fewer images than threads are cut into blocks of
+// channels, on the thread count), never on chance: all of it is deterministic.
 #include <omp.h>
 
 #include <algorithm>
