@@ -13,6 +13,7 @@ from deform_cases import BOUNDS, off_integers
 from harness import relative_error, values
 from torch import nn
 
+import wsss_ops
 from wsss_ops import DeformConv2d, DeformSampler, reference
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
@@ -274,3 +275,23 @@ def test_bad_input(device: torch.device) -> None:
         )
     with pytest.raises(RuntimeError, match="channels"):
         sampler(torch.ones(1, 5, 5, 7, device=device))
+
+
+def test_reference_twins(device: torch.device) -> None:
+    """The same layers on the reference operator: the same state, results and gradients."""
+    x = values((2, 6, 7, 8), torch.float32, device)
+    layer, twin = (draw_offsets(module.DeformSampler(6, 4)).to(device) for module in (wsss_ops, reference))
+    twin.load_state_dict(layer.state_dict())
+    plain, plain_twin = (module.DeformConv2d(6, 4, 3, padding=1).to(device) for module in (wsss_ops, reference))
+    plain_twin.load_state_dict(plain.state_dict())
+    offset = layer.offsets(x).detach()
+    for fused, expected, parameters in [
+        (layer(x), twin(x), (layer.offset_branch.weight, twin.offset_branch.weight)),
+        (plain(x, offset), plain_twin(x, offset), (plain.weight, plain_twin.weight)),
+    ]:
+        assert relative_error(fused, expected) <= BOUNDS[torch.float32]
+        assert expected.grad_fn.name() != fused.grad_fn.name()
+        grads = [
+            torch.autograd.grad(y.square().sum(), p)[0] for y, p in zip((fused, expected), parameters, strict=True)
+        ]
+        assert relative_error(*grads) <= 10 * BOUNDS[torch.float32]

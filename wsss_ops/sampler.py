@@ -20,6 +20,7 @@ class _Sampling(nn.Module):
     """Weight, bias and geometry of a deformable convolution, named as in torch.nn.Conv2d."""
 
     bias: nn.Parameter | None
+    _convolve = staticmethod(deform_conv2d)  # that of the references is another
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class DeformConv2d(_Sampling):
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
         """`deform_conv2d` of input [N, in_channels, H, W] with this layer's weight and bias."""
-        return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
+        return self._convolve(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
 
 
 class DeformSampler(_Sampling):
@@ -178,7 +179,7 @@ class DeformSampler(_Sampling):
         if self.freeze_weight:
             weight, bias = weight.detach(), None if bias is None else bias.detach()
         source = x.detach() if self.detach_input else x
-        return deform_conv2d(source, self.offsets(x), weight, bias, self.stride, self.padding, self.dilation)
+        return self._convolve(source, self.offsets(x), weight, bias, self.stride, self.padding, self.dilation)
 
     def extra_repr(self) -> str:
         text = super().extra_repr()

@@ -3,5 +3,6 @@
 from .clip import clip_features
 from .deform import deform_conv2d
 from .patch import patch_merge, patch_split
+from .sampler import DeformConv2d, DeformSampler
 
-__all__ = ["clip_features", "deform_conv2d", "patch_merge", "patch_split"]
+__all__ = ["DeformConv2d", "DeformSampler", "clip_features", "deform_conv2d", "patch_merge", "patch_split"]
