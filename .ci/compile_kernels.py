@@ -1,65 +1,129 @@
-"""Compiles every .cu file for three architectures, warnings as errors, and fails where a kernel spills registers.
+"""Compiles every .cu file for three architectures, warnings as errors, and compares what each kernel takes of a GPU
+with .ci/kernels.txt: a register or a byte of stack more, a kernel that is new or gone, is to be seen in review.
 
-python .ci/compile_kernels.py      prints registers, stack and spills of each kernel
+python .ci/compile_kernels.py             fails where the table differs or a kernel spills registers
+python .ci/compile_kernels.py --update    writes the table
+
+Registers depend on the compiler: by another nvcc than the table's only kernels and spills are compared.
 """
 
+import argparse
+import difflib
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+TABLE = ROOT / ".ci" / "kernels.txt"
 ARCHITECTURES = ("80", "90", "100")
-FLAGS = [
-    "-std=c++17",
-    "-O3",
-    f"-I{CSRC}",
-    "-Werror",
-    "all-warnings",
-    "-Xcompiler",
-    "-Wall,-Wextra,-Werror",
-    "-Xptxas",
-    "-v",
-]
-RESOURCES = re.compile(
-    r"Compiling entry function '(?P<kernel>\w+)' for 'sm_(?P<arch>\d+)'.*?"
-    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
-    r"Used (?P<registers>\d+) registers",
-    re.DOTALL,
-)
+FLAGS = ["-std=c++17", "-O3", f"-I{CSRC}", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror"]
+
+Usage = tuple[int, int, int]  # registers, bytes of stack, bytes of spills
+Kernels = dict[str, dict[str, Usage]]  # name -> architecture -> usage
 
 
-def compile_source(source: Path, target: Path) -> str:
-    """What ptxas says of the kernels of one file."""
+def compile_source(source: Path) -> Kernels:
+    """What ptxas says of the kernels of one file, by mangled name."""
     architectures = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
-    command = ["nvcc", *FLAGS, *architectures, "-c", str(source), "-o", str(target)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["nvcc", *FLAGS, *architectures, "-Xptxas", "-v", "-c", str(source), "-o", f"{folder}/kernels.o"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise SystemExit(f"{source} does not compile:\n{result.stdout}{result.stderr}")
-    return result.stderr
+    kernels: Kernels = {}
+    for report in result.stderr.split("Compiling entry function ")[1:]:
+        entry = re.match(r"'(\w+)' for 'sm_(\w+)'", report)
+        registers = re.search(r"Used (\d+) registers", report)
+        # Functions that were not inlined have stacks and spills of their own.
+        stacks = [int(number) for number in re.findall(r"(\d+) bytes stack frame", report)]
+        spills = [int(number) for number in re.findall(r"(\d+) bytes spill", report)]
+        if entry is None or registers is None or not stacks or not spills:
+            raise SystemExit(f"{source}: ptxas reports in an unknown form:\n{report}")
+        kernels.setdefault(entry[1], {})[entry[2]] = (int(registers[1]), sum(stacks), sum(spills))
+    if not kernels:
+        raise SystemExit(f"{source} holds no kernel, or ptxas reports in an unknown form")
+    return kernels
+
+
+def readable(mangled: list[str]) -> list[str]:
+    """room::kernel<arguments> of each name."""
+    result = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True)
+    names = [short(name) for name in result.stdout.splitlines()]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise SystemExit(f"several kernels are called {', '.join(sorted(twice))}: the table needs one name for each")
+    return names
+
+
+def short(name: str) -> str:
+    """Without return type, parameters, outer namespace: 'void wsss::(anonymous namespace)::f<2>(int)' is 'f<2>'."""
+    depth = 0
+    for end in range(len(name) - 1, -1, -1):  # the parenthesis that opens the parameters
+        depth += (name[end] == ")") - (name[end] == "(")
+        if depth == 0:
+            break
+    return re.sub(r"wsss::|\(anonymous namespace\)::|^void ", "", name[:end])
+
+
+def table(kernels: Kernels, nvcc: str) -> list[str]:
+    columns = "".join(f"{'sm_' + arch:>19}" for arch in ARCHITECTURES)
+    lines = [
+        f"# nvcc {nvcc}: registers, bytes of stack and bytes of spills; written by .ci/compile_kernels.py --update",
+        f"#{columns[1:]}  kernel",
+    ]
+    for name in sorted(kernels):
+        usages = (kernels[name][arch] for arch in ARCHITECTURES)
+        numbers = "".join(f"{registers:7}{stack:6}{spills:6}" for registers, stack, spills in usages)
+        lines.append(f"{numbers}  {name}")
+    return lines
+
+
+def names(lines: list[str]) -> list[str]:
+    return [line.split(maxsplit=3 * len(ARCHITECTURES))[-1] for line in lines if not line.startswith("#")]
+
+
+def compiler_version() -> str:
+    output = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    version = re.search(r"release (\d+\.\d+)", output)
+    return version[1] if version else "of unknown version"
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--update", action="store_true", help="write .ci/kernels.txt")
+    update = parser.parse_args().update
+
     sources = sorted(CSRC.rglob("*.cu"))
-    found: list[re.Match[str]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for source in sources:
-            kernels = list(RESOURCES.finditer(compile_source(source, Path(folder, "kernel.o"))))
-            if not kernels:
-                raise SystemExit(f"{source} holds no kernel, or ptxas reports in an unknown form")
-            found += kernels
-    names = "\n".join(match["kernel"] for match in found)
-    readable = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True).stdout.splitlines()
-    print(f"{'arch':>6} {'registers':>9} {'stack':>6} {'spills':>6}  kernel")
-    spilled = 0
-    for match, name in zip(found, readable, strict=True):
-        spills = int(match["stores"]) + int(match["loads"])
-        spilled += spills > 0
-        short = re.sub(r"wsss::|\(anonymous namespace\)::|^void ", "", name).split("(")[0]
-        print(f"{'sm_' + match['arch']:>6} {match['registers']:>9} {match['stack']:>6} {spills:>6}  {short}")
-    print(f"{len(sources)} files, {len(found)} kernels, {spilled} with spills")
-    return 1 if spilled else 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = dict(zip(sources, pool.map(compile_source, sources), strict=True))
+    # The emulation's own kernels are there to compile, not to be fast.
+    of_operators = [kernels for source, kernels in compiled.items() if source.parent.name != "emulation"]
+    mangled = {name: usage for kernels in of_operators for name, usage in kernels.items()}
+    kernels = dict(zip(readable(list(mangled)), mangled.values(), strict=True))
+
+    nvcc = compiler_version()
+    lines = table(kernels, nvcc)
+    print("\n".join(lines))
+    spilling = sorted(name for name, usages in kernels.items() if any(usage[2] for usage in usages.values()))
+    if spilling:
+        print(f"registers are spilled by {', '.join(spilling)}", file=sys.stderr)
+    if update:
+        TABLE.write_text("\n".join(lines) + "\n")
+        return 1 if spilling else 0
+
+    known = TABLE.read_text().splitlines() if TABLE.exists() else []
+    if known and not known[0].startswith(f"# nvcc {nvcc}:"):
+        print(f"this is nvcc {nvcc}, the table is another's: registers and stack are not compared", file=sys.stderr)
+        known, lines = names(known), names(lines)
+    differences = list(difflib.unified_diff(known, lines, ".ci/kernels.txt", "compiled", lineterm="", n=0))
+    if differences:
+        print("\n".join(differences), file=sys.stderr)
+        print("If this is meant: python .ci/compile_kernels.py --update, and commit the table", file=sys.stderr)
+    return 1 if spilling or differences else 0
 
 
 if __name__ == "__main__":
