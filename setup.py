@@ -3,6 +3,7 @@
     wsss_ops._cpu       always; each operator once per instruction set
     wsss_ops._cuda      where nvcc is found
     wsss_ops._emulated  the CUDA sources on the CPU, for tests: python setup.py build_ext --inplace --emulated
+    wsss_ops._emulated_sanitized  the same under AddressSanitizer: --sanitized in place of --emulated
 
 Environment: WSSS_OPS_CUDA=0 leaves CUDA out, 1 demands it; CUDA_HOME; TORCH_CUDA_ARCH_LIST ("8.0 9.0+PTX"); CXX;
 CXXFLAGS; NVCC_APPEND_FLAGS; MAX_JOBS.
@@ -149,11 +150,15 @@ class NinjaFile:
                 objects.append(self.compile(source, level, f"-DWSSS_BACKEND_CPU=1 -DWSSS_LEVEL={level} {level_flags}"))
         self.link("_cpu", objects)
 
-    def add_emulated(self) -> None:
-        flags = "-DWSSS_EMULATED=1 -DWSSS_BACKEND_EMULATED=1 -DWSSS_MODULE=_emulated -O1 -g -Wno-unknown-pragmas"
-        sources = [CSRC / "bindings.cpp", *sorted((CSRC / "emulation").glob("*.cpp"))]
-        sources += [CSRC / operator / "cuda.cu" for operator in OPERATORS]
-        self.link("_emulated", [self.compile(source, "emulated", f"{flags} -x c++") for source in sources])
+    def add_emulated(self, module: str, folder: str, engine_flags: str, kernel_flags: str) -> None:
+        emulation = CSRC / "emulation"
+        flags = f"-DWSSS_EMULATED=1 -DWSSS_BACKEND_EMULATED=1 -DWSSS_MODULE={module} -g -x c++"
+        kernel_flags = f"-O1 -Wno-unknown-pragmas {(emulation / 'checks.flags').read_text().strip()} {kernel_flags}"
+        sources = [CSRC / "bindings.cpp", *sorted(emulation.glob("*.cpp"))]
+        objects = [self.compile(source, folder, f"{flags} {engine_flags}") for source in sources]
+        kernels = [CSRC / operator / "cuda.cu" for operator in OPERATORS]
+        objects += [self.compile(source, folder, f"{flags} {kernel_flags}") for source in kernels]
+        self.link(module, objects, flags=engine_flags)
 
     def add_cuda(self, cuda: Cuda) -> None:
         self.lines += [
@@ -174,8 +179,8 @@ class NinjaFile:
             objects.append(self.compile(CSRC / operator / "cuda.cu", "cuda", flags, "nvcc"))
         self.link("_cuda", objects, rule="nvcc_link")
 
-    def link(self, module: str, objects: list[str], rule: str = "link") -> None:
-        self.lines += [f"build {module}{SUFFIX}: {rule} {' '.join(objects)}", "  flags ="]
+    def link(self, module: str, objects: list[str], rule: str = "link", flags: str = "") -> None:
+        self.lines += [f"build {module}{SUFFIX}: {rule} {' '.join(objects)}", f"  flags = {flags}"]
 
     def run(self, modules: list[str]) -> None:
         (BUILD / "build.ninja").write_text("\n".join(self.lines) + "\n")
@@ -188,25 +193,34 @@ class NinjaFile:
 
 
 class BuildModules(build_ext):
-    """build_ext whose compiling is ninja's; --emulated builds the tests' module and nothing else."""
+    """build_ext whose compiling is ninja's; --emulated and --sanitized build that module and nothing else."""
 
-    user_options: ClassVar = [*build_ext.user_options, ("emulated", None, "build only the module for tests")]
-    boolean_options: ClassVar = [*build_ext.boolean_options, "emulated"]
+    user_options: ClassVar = [
+        *build_ext.user_options,
+        ("emulated", None, "build only the module for tests"),
+        ("sanitized", None, "build only the module for tests under AddressSanitizer"),
+    ]
+    boolean_options: ClassVar = [*build_ext.boolean_options, "emulated", "sanitized"]
 
     def initialize_options(self) -> None:
         super().initialize_options()
         self.emulated = False
+        self.sanitized = False
 
     def finalize_options(self) -> None:
         super().finalize_options()
         if self.emulated:
             self.extensions = [Extension("wsss_ops._emulated", sources=[])]
+        if self.sanitized:
+            self.extensions = [Extension("wsss_ops._emulated_sanitized", sources=[])]
 
     def build_extensions(self) -> None:
         modules = [extension.name.rpartition(".")[2] for extension in self.extensions]
         ninja = NinjaFile()
         ninja.add_cpu()
-        ninja.add_emulated()
+        # What -fsanitize=thread has GCC call is in csrc/emulation/accesses.cpp; it excludes AddressSanitizer.
+        ninja.add_emulated("_emulated", "emulated", "", "-fsanitize=thread")
+        ninja.add_emulated("_emulated_sanitized", "sanitized", "-fsanitize=address", "-fsanitize=address")
         if CUDA is not None:
             ninja.add_cuda(CUDA)
         ninja.run(modules)

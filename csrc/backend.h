@@ -10,6 +10,8 @@
 #include <cuda_runtime_api.h>
 
 #include <stdexcept>
+#elif defined(WSSS_BACKEND_EMULATED)
+#include "emulation/engine.h"
 #endif
 
 namespace wsss {
@@ -71,7 +73,7 @@ inline void bind_backend(pybind11::module_& m) {
     m.def("set_level", &set_cpu_level);
 }
 #else
-inline void bind_backend(pybind11::module_& /*m*/) {}
+inline void bind_backend(pybind11::module_& m) { m.def("set_seed", &emulation::set_seed); }
 #endif
 
 #endif

@@ -38,6 +38,27 @@ struct NotDeduced {
     using type = T;
 };
 
+#if defined(__CUDACC__)
+// More than 48 KiB of shared memory, `__shared__` variables included, has to be asked for. All that the
+// device has is, so that host threads that launch one kernel with different sizes do not undo each other's
+// asking.
+inline cudaError_t allow_shared_bytes(const void* kernel, size_t shared_bytes) {
+    constexpr size_t without_asking = 48 * 1024;
+    cudaFuncAttributes attributes;
+    cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error != cudaSuccess || attributes.sharedSizeBytes + shared_bytes <= without_asking) return error;
+    int device = 0;
+    int most = 0;
+    error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+        error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    if (error != cudaSuccess) return error;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                most - static_cast<int>(attributes.sharedSizeBytes));
+}
+#endif
+
 // Launches kernel on a stream (a cudaStream_t). A grid with a zero dimension launches nothing. Throws
 // std::runtime_error naming kernel, grid and block; never synchronises, so it reports refused launches only.
 // WSSS_DYNAMIC_SHARED names shared_bytes bytes aligned to 16.
@@ -46,12 +67,8 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
             typename NotDeduced<Params>::type... args) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
 #if defined(__CUDACC__)
-    constexpr size_t without_asking = 48 * 1024;
-    cudaError_t error = cudaSuccess;
-    if (shared_bytes > without_asking) {
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     static_cast<int>(shared_bytes));
-    }
+    const void* function = reinterpret_cast<const void*>(kernel);
+    cudaError_t error = shared_bytes > 0 ? allow_shared_bytes(function, shared_bytes) : cudaSuccess;
     if (error == cudaSuccess) {
         // What kernel<<<...>>> does, except that it returns this launch's error and not an earlier one.
         cudaLaunchConfig_t config = {};
@@ -64,7 +81,7 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
     if (error == cudaSuccess) return;
     (void)cudaGetLastError();  // reported here; left in place it would be raised again by whoever asks next
     const char* name = "kernel";
-    if (cudaFuncGetName(&name, reinterpret_cast<const void*>(kernel)) != cudaSuccess) name = "kernel";
+    if (cudaFuncGetName(&name, function) != cudaSuccess) name = "kernel";
     const auto text = [](dim3 size) {
         return "(" + std::to_string(size.x) + ", " + std::to_string(size.y) + ", " + std::to_string(size.z) +
                ")";

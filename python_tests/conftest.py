@@ -1,8 +1,15 @@
-"""The backends that every operator test runs on, and memory that is never zero by accident."""
+"""The backends that every operator test runs on, and memory that is never zero by accident.
+
+WSSS_EMULATION_SEED=number draws the schedules of the emulated kernels: in which order blocks, warps and lanes run. Each
+run of the tests takes another seed unless this says which, and prints it; a failure with it is one to repeat.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import importlib
+import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,19 +18,42 @@ from types import ModuleType
 
 import pytest
 import torch
+from selftest import ROOT, Selftest, load
 
 from wsss_ops import _backend
 
-ROOT = Path(__file__).resolve().parent.parent
+SEED = "WSSS_EMULATION_SEED"
+UNDER_ADDRESS_SANITIZER = "libasan" in Path("/proc/self/maps").read_text()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    seed = os.environ.setdefault(SEED, str(secrets.randbelow(2**32)))  # for processes that tests start, too
+    if not seed.isdecimal() or int(seed) >= 2**64:
+        raise pytest.UsageError(f"{SEED} must be a number below 2^64, got {seed!r}")
+    if UNDER_ADDRESS_SANITIZER:
+        # It ends the process with its report, which is lost where pytest has redirected stderr: here it has not yet.
+        ctypes.CDLL(None).__sanitizer_set_report_fd(ctypes.c_void_p(os.dup(2)))
+
+
+def pytest_report_header() -> str:
+    return f"schedules of emulated kernels: {SEED}={os.environ[SEED]}"
+
+
+@pytest.fixture
+def emulation_seed(request: pytest.FixtureRequest) -> int:
+    """The seed of all schedules, shown with the test should it fail."""
+    request.node.add_report_section("setup", "emulated kernels", f"{SEED}={os.environ[SEED]} repeats their schedules")
+    return int(os.environ[SEED])
 
 
 @pytest.fixture(scope="session")
 def emulated_module() -> ModuleType:
-    """wsss_ops._emulated: the text of every cuda.cu compiled for the CPU, built here because users do not need it."""
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--emulated"]
+    """The text of every cuda.cu compiled for the CPU, built here because users do not need it."""
+    variant = "sanitized" if UNDER_ADDRESS_SANITIZER else "emulated"
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", f"--{variant}"]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, f"building wsss_ops._emulated failed:\n{built.stdout}{built.stderr}"
-    return importlib.import_module("wsss_ops._emulated")
+    assert built.returncode == 0, f"building the emulated backend failed:\n{built.stdout}{built.stderr}"
+    return importlib.import_module("wsss_ops._emulated" if variant == "emulated" else "wsss_ops._emulated_sanitized")
 
 
 @pytest.fixture(params=["cpu", "emulated", "cuda"])
@@ -35,7 +65,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         assert _backend.cuda_module() is not None, _backend.missing_cuda()
         yield torch.device("cuda")
     elif request.param == "emulated":
-        with _backend.use_module(request.getfixturevalue("emulated_module")):
+        module = request.getfixturevalue("emulated_module")
+        module.set_seed(request.getfixturevalue("emulation_seed"))
+        with _backend.use_module(module):
             yield torch.device("cpu")
     else:
         yield torch.device("cpu")
@@ -54,3 +86,11 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def selftest(emulation_seed: int) -> Selftest:
+    """The emulation's own kernels, with the checks that this run has."""
+    functions = load("sanitized" if UNDER_ADDRESS_SANITIZER else "checked")
+    functions("set_seed", emulation_seed)
+    return functions

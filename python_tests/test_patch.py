@@ -70,6 +70,17 @@ def test_dtypes(device: torch.device, dtype: torch.dtype, channels_last: bool) -
     assert torch.equal(patch_merge(patches, (2, 3), (9, 11)), x)
 
 
+@pytest.mark.parametrize("vector", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 127, 128, 129, 1023, 1024, 1025, 4097])
+def test_rows_around_warps_and_blocks(device: torch.device, count: int, vector: int) -> None:
+    """Rows of so many vectors of so many bytes, at an address that allows no wider ones."""
+    larger = values((2, 1, 1, vector + count * vector), torch.uint8, device)
+    x = larger[:, :, :, vector:]
+    patches = patch_split(x, (1, 2), vector)
+    assert torch.equal(patches, reference.patch_split(x, (1, 2), vector))
+    assert torch.equal(patch_merge(patches, (1, 2), (1, count * vector)), x)
+
+
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "sliced_channels_last"])
 def test_keeps_memory_format(device: torch.device, layout: str) -> None:
     kept = torch.contiguous_format if layout == "nchw" else torch.channels_last

@@ -74,11 +74,22 @@ inline double __dmul_rn(double a, double b) { return a * b; }
 inline double __fma_rn(double a, double b, double c) { return fma(a, b, c); }
 inline float __saturatef(float x) { return fminf(fmaxf(x, 0.0f), 1.0f); }
 
-inline int __float2int_rn(float x) { return wsss::emulation::saturate<int>(nearbyintf(x)); }
-inline int __float2int_rz(float x) { return wsss::emulation::saturate<int>(truncf(x)); }
-inline int __float2int_rd(float x) { return wsss::emulation::saturate<int>(floorf(x)); }
-inline int __float2int_ru(float x) { return wsss::emulation::saturate<int>(ceilf(x)); }
+#define WSSS_CONVERSIONS(from, From, to, To)                                                       \
+    inline To __##from##2##to##_rn(From x) { return wsss::emulation::saturate<To>(nearbyint(x)); } \
+    inline To __##from##2##to##_rz(From x) { return wsss::emulation::saturate<To>(trunc(x)); }     \
+    inline To __##from##2##to##_rd(From x) { return wsss::emulation::saturate<To>(floor(x)); }     \
+    inline To __##from##2##to##_ru(From x) { return wsss::emulation::saturate<To>(ceil(x)); }
+WSSS_CONVERSIONS(float, float, int, int)
+WSSS_CONVERSIONS(float, float, uint, unsigned)
+WSSS_CONVERSIONS(float, float, ll, long long)
+WSSS_CONVERSIONS(double, double, int, int)
+WSSS_CONVERSIONS(double, double, uint, unsigned)
+WSSS_CONVERSIONS(double, double, ll, long long)
+#undef WSSS_CONVERSIONS
 inline float __int2float_rn(int x) { return static_cast<float>(x); }
+inline float __uint2float_rn(unsigned x) { return static_cast<float>(x); }
+inline float __ll2float_rn(long long x) { return static_cast<float>(x); }
+inline float __double2float_rn(double x) { return static_cast<float>(x); }
 
 inline int __float_as_int(float x) { return wsss::emulation::bit_cast<int>(x); }
 inline unsigned __float_as_uint(float x) { return wsss::emulation::bit_cast<unsigned>(x); }

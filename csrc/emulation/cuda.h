@@ -16,7 +16,11 @@
 #define __device__
 #define __constant__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __launch_bounds__(...)
+#define __grid_constant__
+// So many NOPs before the kernel, which symbols.cpp counts: GCC writes down where they begin. (It takes a
+// sum, but no name of a constant.)
+#define __launch_bounds__(threads, ...) \
+    __attribute__((patchable_function_entry(0 + (threads), 0 + (threads))))
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
 // One variable for all threads, as blocks run one after another. The tag becomes part of its mangled name, in

@@ -9,11 +9,13 @@
 
 #include "vector_types.h"
 
-// The running thread's; the engine sets them at every switch.
-extern uint3 threadIdx;
-extern uint3 blockIdx;
-extern dim3 blockDim;
-extern dim3 gridDim;
+// The running thread's. Constant to kernels, as in CUDA; the engine sets them at every switch.
+#if !defined(WSSS_EMULATION_ENGINE)
+extern const uint3 threadIdx;
+extern const uint3 blockIdx;
+extern const dim3 blockDim;
+extern const dim3 gridDim;
+#endif
 constexpr int warpSize = 32;
 
 namespace wsss::emulation {
@@ -26,9 +28,12 @@ struct Launch {
 };
 
 // Runs `thread` once per thread of the launch on the calling OS thread. Throws std::runtime_error for a
-// launch that no GPU would accept and for threads that wait for what cannot come; the memory is then left as
-// the threads left it.
+// launch that no GPU would accept, for threads that wait for what cannot come and for accesses that a check
+// refuses; the memory is then left as the threads left it.
 void run(const Launch& launch, const std::function<void()>& thread);
+
+// Every launch from here on draws its schedule from seed and the number of launches since. 0 at first.
+void set_seed(uint64_t seed);
 
 void* dynamic_shared();
 
@@ -41,7 +46,8 @@ struct Site {
     }
 };
 
-// Ends the launch with an error that names kernel, block, thread and site.
+// End the launch with an error that names kernel, block, thread and where in its code that was.
+[[noreturn]] void fail(const std::string& what, const std::string& where);
 [[noreturn]] void fail(const std::string& what, Site site);
 
 // Waits for every thread of the block that has not exited. All must come to the same line.
@@ -71,5 +77,23 @@ const Exchange& meet_warp(const char* operation, unsigned mask, uint64_t value, 
 
 int lane();
 unsigned lanes_not_exited();
+
+// What the checks of single accesses (accesses.cpp, undefined.cpp) need to know of the thread that runs.
+struct Running {
+    unsigned thread = 0;    // within the block, x fastest
+    unsigned barriers = 0;  // that the block has passed
+    uint64_t block = 0;     // counts blocks since the program began, in the order in which they ran
+    unsigned accesses = 0;  // that the thread has made since it last met others
+    const char* stack_begin = nullptr;  // the thread's own
+    const char* stack_end = nullptr;
+
+    bool stack_holds(const void* address) const { return address >= stack_begin && address < stack_end; }
+    // Whether the caller is code of a kernel, rather than of a launch, perhaps on another OS thread.
+    __attribute__((always_inline)) bool is_caller() const { return stack_holds(__builtin_frame_address(0)); }
+};
+extern Running running;
+
+// "thread (3, 0, 0)" of the launch that runs, with "of block (1, 0, 0)" where that is not the running one.
+std::string thread_name(unsigned thread, uint64_t block);
 
 }  // namespace wsss::emulation

@@ -17,7 +17,7 @@ constexpr size_t guard_bytes = 4096;
 #if defined(__SANITIZE_ADDRESS__)
 constexpr size_t stack_bytes = 256 * 1024;  // red zones make frames several times larger
 #else
-constexpr size_t stack_bytes = 64 * 1024;
+constexpr size_t stack_bytes = 128 * 1024;
 #endif
 
 // One block runs at a time (see engine.cpp), so there is one resumer and at most one fiber running.
@@ -129,6 +129,9 @@ void Fiber::suspend() {
     __sanitizer_finish_switch_fiber(self->fake_stack_, nullptr, nullptr);
 #endif
 }
+
+const char* Fiber::stack_begin() const { return mapping_ + guard_bytes; }
+const char* Fiber::stack_end() const { return stack_begin() + stack_bytes; }
 
 void Fiber::begin() {
 #if defined(__SANITIZE_ADDRESS__)

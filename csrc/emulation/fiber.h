@@ -32,6 +32,9 @@ class Fiber {
     // From inside a fiber: back to whoever resumed it.
     static void suspend();
 
+    const char* stack_begin() const;
+    const char* stack_end() const;
+
   private:
     static void begin();
 

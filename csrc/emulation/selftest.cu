@@ -203,40 +203,56 @@ __global__ void indices_kernel(int* out) {
     out[i] = i;
 }
 
-__global__ void empty_kernel() {}
+__device__ __half from_bits(__half, uint16_t bits) { return __ushort_as_half(bits); }
+__device__ __nv_bfloat16 from_bits(__nv_bfloat16, uint16_t bits) { return __ushort_as_bfloat16(bits); }
+__device__ uint16_t to_bits(__half v) { return __half_as_ushort(v); }
+__device__ uint16_t to_bits(__nv_bfloat16 v) { return __bfloat16_as_ushort(v); }
+__device__ __half2 pair(__half x, __half y) { return __halves2half2(x, y); }
+__device__ __nv_bfloat162 pair(__nv_bfloat16 x, __nv_bfloat16 y) { return __halves2bfloat162(x, y); }
 
-__global__ void fault_kernel(int fault, int* out) {
-    __shared__ int fixed[64];
-    WSSS_DYNAMIC_SHARED(int, dynamic);
-    int local[64];
-    const int lane = threadIdx.x % warpSize;
-    int value = lane;
-    if (fault == two_barriers) {
-        if (lane < 16) {
-            __syncthreads();
-        } else {
-            __syncthreads();
-        }
-    } else if (fault == lanes_exited) {
-        if (lane >= 16) return;
-        value = __shfl_down_sync(full_mask, value, 8);
-    } else if (fault == lanes_elsewhere) {
-        if (lane < 16) value = __shfl_down_sync(full_mask, value, 8);
-        __syncthreads();
-    } else if (fault == lanes_absent) {
-        value = __shfl_down_sync(full_mask, value, 8);
-    } else if (fault == lane_outside_mask) {
-        if (lane < 16) value = __shfl_sync(0xffffu, value, 16);
-    } else if (fault == trap) {
-        __trap();
-    } else {
-        int* array = fault == beyond_static ? fixed : fault == beyond_dynamic ? dynamic : local;
-        array[threadIdx.x] = value;
-        __syncthreads();
-        value = array[threadIdx.x + 1];
-    }
-    out[threadIdx.x] = value;
+template <class T>
+__global__ void half_kernel(const uint16_t* as, const uint16_t* bs, const uint16_t* cs, uint16_t* out,
+                            int n) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    const T a = from_bits(T(), as[i]);
+    const T b = from_bits(T(), bs[i]);
+    const T c = from_bits(T(), cs[i]);
+    const auto fused = __hfma2(pair(a, c), pair(b, a), pair(c, b));
+    const auto sum = __hadd2(pair(a, a), pair(b, c));
+    const T results[] = {__hadd(a, b), __hsub(a, b), __hmul(a, b), __hdiv(a, b), __hfma(a, b, c), fused.y,
+                         sum.y,        __hmin(a, b), __hmax(a, b), __hneg(a),    __habs(a)};
+    for (int k = 0; k < 11; ++k) out[i * 12 + k] = to_bits(results[k]);
+    out[i * 12 + 11] = __hlt(a, b) + 2 * __hge(a, b) + 4 * __heq(a, b) + 8 * __hisnan(a);
 }
+
+// The last block to come adds up what each has written.
+__global__ void last_block_kernel(const int* x, int* of_block, unsigned* blocks, int* total) {
+    __shared__ bool last;
+    __shared__ int sum;
+    if (threadIdx.x == 0) sum = 0;
+    __syncthreads();
+    atomicAdd(&sum, x[blockIdx.x * blockDim.x + threadIdx.x]);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        of_block[blockIdx.x] = sum;
+        __threadfence();
+        last = atomicInc(blocks, gridDim.x - 1) == gridDim.x - 1;
+    }
+    __syncthreads();
+    if (last && threadIdx.x < gridDim.x) atomicAdd(total, of_block[threadIdx.x]);
+}
+
+__global__ void order_kernel(int* clock, int* out) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    out[3 * i] = atomicAdd(clock, 1);
+    __syncwarp();
+    out[3 * i + 1] = atomicAdd(clock, 1);
+    __syncthreads();
+    out[3 * i + 2] = atomicAdd(clock, 1);
+}
+
+__global__ void empty_kernel() {}
 
 __global__ void unwritten_kernel(float* out, int n) {
     __shared__ float fixed[128];
@@ -345,6 +361,25 @@ const char* selftest_integers(const int* a, const int* b, int* out, int n, void*
     return message_of([&] { launch(integers_kernel, blocks_for(n, 64), 64, 0, stream, a, b, out, n); });
 }
 
+const char* selftest_half(const uint16_t* a, const uint16_t* b, const uint16_t* c, uint16_t* out, int n,
+                          int type, void* stream) {
+    constexpr decltype(&half_kernel<__half>) of_type[] = {half_kernel<__half>, half_kernel<__nv_bfloat16>};
+    return message_of([&] { launch(of_type[type], blocks_for(n, 256), 256, 0, stream, a, b, c, out, n); });
+}
+
+const char* selftest_last_block(const int* x, int blocks, int* of_block, unsigned* count, int* total,
+                                void* stream) {
+    return message_of([&] { launch(last_block_kernel, blocks, 64, 0, stream, x, of_block, count, total); });
+}
+
+const char* selftest_order(int* clock, int* out, int blocks, int threads, void* stream) {
+    return message_of([&] { launch(order_kernel, blocks, threads, 0, stream, clock, out); });
+}
+
+#if defined(WSSS_EMULATED)
+void selftest_set_seed(uint64_t seed) { emulation::set_seed(seed); }
+#endif
+
 const char* selftest_early_exit(int* count, int n, void* stream) {
     return message_of([&] { launch(early_exit_kernel, 1, 128, 0, stream, count, n); });
 }
@@ -355,11 +390,6 @@ const char* selftest_indices(int* out, const unsigned* grid, const unsigned* blo
 
 const char* selftest_empty(const unsigned* grid, const unsigned* block, size_t shared_bytes, void* stream) {
     return message_of([&] { launch(empty_kernel, as_dim3(grid), as_dim3(block), shared_bytes, stream); });
-}
-
-const char* selftest_fault(int fault, int* out, void* stream) {
-    return message_of(
-        [&] { launch(fault_kernel, 2, fault == lanes_absent ? 40 : 64, 0, stream, fault, out); });
 }
 
 const char* selftest_unwritten(float* out, int n, void* stream) {

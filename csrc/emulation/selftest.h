@@ -38,29 +38,27 @@ const char* selftest_to_float(const uint16_t* bits, float* half, float* bfloat16
 const char* selftest_from_float(const float* x, uint16_t* half, uint16_t* bfloat16, int n, void* stream);
 // Integer and bit functions of a pair of ints, ten results each.
 const char* selftest_integers(const int* a, const int* b, int* out, int n, void* stream);
+// Per element: sum, difference, product, quotient, a * b + c, c * a + b and a + c by pairs, minimum, maximum,
+// -a, |a|, and bits for a < b, a >= b, a == b, a is NaN. type: 0 half, 1 bfloat16.
+const char* selftest_half(const uint16_t* a, const uint16_t* b, const uint16_t* c, uint16_t* out, int n,
+                          int type, void* stream);
+// total += sum of x, 64 elements a block, by way of of_block [blocks]; count is 0 before and after.
+const char* selftest_last_block(const int* x, int blocks, int* of_block, unsigned* count, int* total,
+                                void* stream);
+// Per thread: how many moments of any thread came before its start, its leaving a __syncwarp and its leaving
+// a
+// __syncthreads.
+const char* selftest_order(int* clock, int* out, int blocks, int threads, void* stream);
 // Threads beyond n leave before the barrier; the rest count themselves.
 const char* selftest_early_exit(int* count, int n, void* stream);
 // Writes out[i] for the flat index of each thread of a three-dimensional launch.
 const char* selftest_indices(int* out, const unsigned* grid, const unsigned* block, void* stream);
 
+#if defined(WSSS_EMULATED)
+void selftest_set_seed(uint64_t seed);
+#endif
 // Launches with an empty body, for the limits.
 const char* selftest_empty(const unsigned* grid, const unsigned* block, size_t shared_bytes, void* stream);
-// Faults, each of which has to end in an error: two barriers in two branches; half a warp missing at a
-// shuffle, having exited or waiting elsewhere; a shuffle past the end of the block; a read of a lane outside
-// the mask; __trap. The last three, accesses beyond static and dynamic shared memory and beyond a local
-// array, are for AddressSanitizer.
-enum SelftestFault {
-    two_barriers,
-    lanes_exited,
-    lanes_elsewhere,
-    lanes_absent,
-    lane_outside_mask,
-    trap,
-    beyond_static,
-    beyond_dynamic,
-    beyond_local
-};
-const char* selftest_fault(int fault, int* out, void* stream);
 // out[i] = shared memory that nobody wrote, static then dynamic, n floats each.
 const char* selftest_unwritten(float* out, int n, void* stream);
 }

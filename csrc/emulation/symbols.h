@@ -1,4 +1,5 @@
-// What the library that this file is linked into says about itself in its symbol table.
+// What the library that this file is linked into says about itself in its symbol table and debugging
+// information.
 #pragma once
 
 #include <cstddef>
@@ -12,11 +13,21 @@ struct Memory {
     size_t bytes;
 };
 
-// The demangled name of a function of this library, "unknown" where it has none.
-std::string function_name(const void* function);
+struct Kernel {
+    std::string name = "unknown";  // demangled
+    unsigned most_threads = 1024;  // of a block, by __launch_bounds__
+    size_t shared_bytes = 0;       // `__shared__` variables in its own body
+};
 
-// Every `__shared__` variable of this library, found by the ABI tag that __shared__ gives its name. Throws
-// std::runtime_error where the library was stripped.
+// A kernel of this library. Throws std::runtime_error where the library was stripped.
+const Kernel& describe(const void* kernel);
+
+// Every `__shared__` variable of this library, found by the ABI tag that __shared__ gives its name. Throws as
+// describe().
 const std::vector<Memory>& static_shared_memory();
+
+// file:line of the call that returns to `code`: of the kernel where the call was inlined from a header of the
+// emulation.
+std::string source_line(const void* code);
 
 }  // namespace wsss::emulation
