@@ -108,7 +108,9 @@ def main() -> int:
     nvcc = compiler_version()
     lines = table(kernels, nvcc)
     print("\n".join(lines))
-    spilling = sorted(name for name, usages in kernels.items() if any(usage[2] for usage in usages.values()))
+    spilling = sorted(
+        f"{name} on sm_{arch}" for name, usages in kernels.items() for arch, usage in usages.items() if usage[2]
+    )
     if spilling:
         print(f"registers are spilled by {', '.join(spilling)}", file=sys.stderr)
     if update:

@@ -135,6 +135,7 @@ def test_gradient_reaches_what_it_should(device: torch.device, freeze_weight: bo
     wanted |= set() if freeze_weight else {"weight", "bias"}
     wanted |= set() if detach_input else {"x"}
     assert set(got) == wanted
+    assert {name for name, parameter in sampler.named_parameters() if parameter.requires_grad} == wanted - {"x"}
 
     branch = sampler.offset_branch
     offset = 2 * torch.tanh(F.conv2d(x, branch.weight, branch.bias, padding=1) / 2)
@@ -268,13 +269,35 @@ def test_bad_arguments(case: str) -> None:
 
 
 def test_bad_input(device: torch.device) -> None:
-    sampler = DeformSampler(6, 4).to(device)
     with pytest.raises(ValueError, match=r"offset must be \[1, 18, 5, 7\], got \[2, 18, 5, 7\]"):
         DeformConv2d(6, 4, 3, padding=1).to(device)(
             torch.ones(1, 6, 5, 7, device=device), torch.ones(2, 18, 5, 7, device=device)
         )
-    with pytest.raises(RuntimeError, match="channels"):
-        sampler(torch.ones(1, 5, 5, 7, device=device))
+
+
+BAD_MAPS: dict[str, tuple[Any, type[Exception], str]] = {
+    "rank": (torch.ones(6, 5, 7), ValueError, r"x must have the 4 dimensions .* got shape \[6, 5, 7\]"),
+    "channels": (torch.ones(2, 5, 5, 7), ValueError, r"x must have 6 channels, got shape \[2, 5, 5, 7\]"),
+    "dtype": (torch.ones(2, 6, 5, 7, dtype=torch.float64), TypeError, r"the layer's dtype torch.float32, got .*64"),
+    "device": (torch.ones(2, 6, 5, 7, device="meta"), ValueError, r"x must be on the layer's device .*got meta"),
+    "none": (None, TypeError, "x must be a torch.Tensor, got NoneType"),
+    "small": (torch.ones(2, 6, 1, 7), ValueError, r"x must be as large as the kernel, got \(1, 7\) pixels"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MAPS)
+def test_bad_maps(case: str) -> None:
+    x, error, message = BAD_MAPS[case]
+    sampler = DeformSampler(6, 4, padding=0)
+    for function in (sampler, sampler.offsets):
+        with pytest.raises(error, match=message):
+            function(x)
+
+
+def test_shapes_without_data() -> None:
+    """On meta tensors, as when a network is planned before it is built."""
+    sampler = DeformSampler(6, 4, stride=2).to("meta")
+    assert sampler(torch.ones(2, 6, 9, 7, device="meta")).shape == (2, 4, 5, 4)
 
 
 def test_reference_twins(device: torch.device) -> None:

@@ -1,5 +1,6 @@
 """Fused operators for weakly supervised semantic segmentation."""
 
+from . import reference
 from ._columns import set_workspace_limit
 from .clip import clip_features
 from .deform import deform_conv2d
@@ -15,5 +16,6 @@ __all__ = [
     "deform_conv2d",
     "patch_merge",
     "patch_split",
+    "reference",
     "set_workspace_limit",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -29,9 +30,9 @@ def check_tensor(name: str, value: object, dims: str, dtypes: Sequence[torch.dty
 
 def check_int(name: str, value: Any, minimum: int) -> int:
     # Compilers that trace with dynamic shapes pass symbols.
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    whole = cast(int, value)
+    whole = cast(int, value) if isinstance(value, torch.SymInt) else int(value)
     if whole < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {whole}")
     return whole
@@ -45,10 +46,16 @@ def check_pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
 
 def check_two(name: str, value: Any, minimum: int) -> tuple[int, int]:
     """A pair of ints, or one for both."""
-    if isinstance(value, (int, torch.SymInt)):
-        both = check_int(name, value, minimum)
-        return both, both
-    return check_pair(name, value, minimum)
+    if isinstance(value, Sequence):
+        return check_pair(name, value, minimum)
+    if not isinstance(value, (Integral, torch.SymInt)):
+        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
+    both = check_int(name, value, minimum)
+    return both, both
+
+
+def is_autocast_on(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._backend import call, offers
-from ._checks import FLOATS, check_tensor, check_two
+from ._checks import FLOATS, check_tensor, check_two, is_autocast_on
 from ._columns import Columns
 from ._layout import empty_like_format, is_channels_last
 from ._library import register
@@ -65,7 +65,7 @@ def deform_conv2d(
     """
     pairs = (check_two("stride", stride, 1), check_two("padding", padding, 0), check_two("dilation", dilation, 1))
     groups, offset_groups = _check(input, offset, weight, bias, mask, *pairs)
-    if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
+    if is_autocast_on(input.device) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_int, check_two
-from .deform import deform_conv2d
+from ._checks import FLOATS, check_int, check_tensor, check_two, is_autocast_on
+from .deform import deform_conv2d, output_size
 
 
 class _Sampling(nn.Module):
@@ -111,7 +111,7 @@ class DeformSampler(_Sampling):
         offset_groups: each has offsets of its own for its in_channels / offset_groups channels.
         bias: whether the sampling has one; the branch always does.
         max_offset: bound in pixels of the feature map: max_offset * tanh(offset / max_offset). None for no bound.
-        freeze_weight: no gradient reaches weight and bias.
+        freeze_weight: no gradient reaches weight and bias, which do not require one either.
         detach_input: no gradient reaches the input, neither through the sampling nor through the branch.
 
     Raises:
@@ -156,6 +156,10 @@ class DeformSampler(_Sampling):
             self.dilation,
         )
         self.reset_parameters()
+        if freeze_weight:  # what waits for every parameter's gradient, or counts parameters, then leaves these out
+            self.weight.requires_grad_(False)
+            if self.bias is not None:
+                self.bias.requires_grad_(False)
 
     def reset_parameters(self) -> None:
         """Draws weight and bias anew, as torch.nn.Conv2d does; the branch becomes zero again."""
@@ -168,6 +172,7 @@ class DeformSampler(_Sampling):
 
         [N, 2 * offset_groups * K, Ho, Wo], channel 2 * (g * K + k) the y, the next one the x displacement of tap k.
         """
+        self._check(x)
         raw = self.offset_branch(x.detach() if self.detach_input else x)
         offset: Tensor = raw.to(torch.promote_types(raw.dtype, torch.float32))
         return offset if self.max_offset is None else self.max_offset * torch.tanh(offset / self.max_offset)
@@ -180,6 +185,19 @@ class DeformSampler(_Sampling):
             weight, bias = weight.detach(), None if bias is None else bias.detach()
         source = x.detach() if self.detach_input else x
         return self._convolve(source, self.offsets(x), weight, bias, self.stride, self.padding, self.dilation)
+
+    def _check(self, x: Tensor) -> None:
+        """Before the branch, a plain convolution, fails in words of its own."""
+        check_tensor("x", x, "N, in_channels, H, W", FLOATS)
+        if x.shape[1] != self.in_channels:
+            raise ValueError(f"x must have {self.in_channels} channels, got shape {list(x.shape)}")
+        if x.device != self.weight.device:
+            raise ValueError(f"x must be on the layer's device {self.weight.device}, got {x.device}")
+        if x.dtype != self.weight.dtype and not is_autocast_on(x.device):
+            raise TypeError(f"x must have the layer's dtype {self.weight.dtype}, got {x.dtype}")
+        size = output_size(x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation)
+        if min(size) < 1:
+            raise ValueError(f"x must be as large as the kernel, got {tuple(x.shape[2:])} pixels")
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
