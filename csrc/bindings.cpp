@@ -4,6 +4,7 @@
 
 #include "backend.h"
 #include "clip/bindings.h"
+#include "ocr/bindings.h"
 #include "patch/bindings.h"
 
 PYBIND11_MODULE(WSSS_MODULE, m) {
@@ -11,5 +12,6 @@ PYBIND11_MODULE(WSSS_MODULE, m) {
     wsss::bind_backend(m);
     wsss::bind_clip(m);
     wsss::bind_deform(m);
+    wsss::bind_ocr(m);
     wsss::bind_patch(m);
 }

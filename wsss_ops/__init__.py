@@ -4,6 +4,7 @@ from . import reference
 from ._columns import set_workspace_limit
 from .clip import clip_features
 from .deform import deform_conv2d
+from .ocr import annotation_correlation, ocr_loss, out_of_candidate_rate
 from .patch import patch_merge, patch_split
 from .sampler import DeformConv2d, DeformSampler
 
@@ -12,8 +13,11 @@ __version__ = "0.1.0"
 __all__ = [
     "DeformConv2d",
     "DeformSampler",
+    "annotation_correlation",
     "clip_features",
     "deform_conv2d",
+    "ocr_loss",
+    "out_of_candidate_rate",
     "patch_merge",
     "patch_split",
     "reference",

@@ -60,16 +60,22 @@ def missing_cuda() -> str:
     return ""
 
 
+def module_for(device: torch.device) -> ModuleType:
+    """The module that runs operations on tensors of `device`; RuntimeError where there is none."""
+    if device.type == "cpu":
+        return _on_cpu
+    if device.type != "cuda":
+        raise RuntimeError(f"wsss_ops has no backend for tensors on {device}: it has cpu and cuda")
+    if _cuda is None:
+        raise RuntimeError(missing_cuda())
+    return _cuda
+
+
 def call(operation: str, device: torch.device, *arguments: Any) -> None:
     """Runs an operation of the compiled module for `device`, on PyTorch's current stream or with its threads."""
-    if device.type == "cpu":
-        getattr(_on_cpu, operation)(*arguments, torch.get_num_threads())
-    elif device.type == "cuda":
-        if _cuda is None:
-            raise RuntimeError(missing_cuda())
-        getattr(_cuda, operation)(*arguments, torch.cuda.current_stream(device).cuda_stream)
-    else:
-        raise RuntimeError(f"wsss_ops has no backend for tensors on {device}: it has cpu and cuda")
+    module = module_for(device)
+    where = torch.get_num_threads() if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
+    getattr(module, operation)(*arguments, where)
 
 
 def offers(device: torch.device, operation: str) -> bool:

@@ -7,13 +7,14 @@ from collections.abc import Callable
 import torch
 
 from ..measure import Function
-from . import deform, patch
+from . import deform, ocr, patch
 from .case import Case
 
-CASES: list[Case] = [*deform.CASES, *patch.CASES]
+CASES: list[Case] = [*deform.CASES, *ocr.CASES, *patch.CASES]
 # Per operator, calls on inputs too small to matter.
 OVERHEADS: dict[str, Callable[[torch.device], dict[str, Function]]] = {
     "deform_conv2d": deform.overhead,
+    "ocr_loss": ocr.overhead,
     "patch_split": patch.overhead,
 }
 OPERATORS = sorted({case.op for case in CASES})

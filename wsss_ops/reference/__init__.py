@@ -2,7 +2,18 @@
 
 from .clip import clip_features
 from .deform import deform_conv2d
+from .ocr import annotation_correlation, ocr_loss, out_of_candidate_rate
 from .patch import patch_merge, patch_split
 from .sampler import DeformConv2d, DeformSampler
 
-__all__ = ["DeformConv2d", "DeformSampler", "clip_features", "deform_conv2d", "patch_merge", "patch_split"]
+__all__ = [
+    "DeformConv2d",
+    "DeformSampler",
+    "annotation_correlation",
+    "clip_features",
+    "deform_conv2d",
+    "ocr_loss",
+    "out_of_candidate_rate",
+    "patch_merge",
+    "patch_split",
+]

@@ -1,0 +1,218 @@
+// ocr_loss on CUDA: a thread per pixel.
+//
+// Shapes: O1 is N16 C21 512x512 fp32, 352 MB of logits; O2 has 81 classes and 1.36 GB. The floor is three
+// passes over the logits at the speed of a copy; what is kept for the backward, 6 bytes a pixel written and
+// read, adds 5 % (O1) or 1 % (O2). Arithmetic stays below it: about 15 instructions and one exponential for
+// each number and direction, a third of what an H200 does in that time. Nothing here has been timed on a
+// GPU yet.
+//
+// NCHW: neighbouring threads are neighbouring pixels, so each class is one coalesced read. channels_last: a
+// block copies its pixels to shared memory, neighbouring threads reading neighbouring classes, and back
+// (Stage). Up to 24 classes a thread holds its scores in registers, all reads in flight at once; beyond, it
+// streams them in batches of eight past a running sum (FewClasses, ManyClasses), so that neither kind needs a
+// stack or reads a score twice in the forward, unless a prior or threshold chooses among the tagged classes.
+// Threads of pixels that are no candidates read nothing in the backward. Sums go over fixed parts of 512
+// pixels: they are the same in every run.
+#include <type_traits>
+
+#include "ocr/cuda_pixel.h"
+#include "ocr/cuda_resized.h"
+
+namespace wsss::ocr {
+namespace {
+
+enum class Kind { kDirect, kStaged, kResized };
+
+template <class T, class Classes, Kind kKind>
+__global__ void __launch_bounds__(kThreads, 2) find_losses(Params p, Part part, Axes<wide<T>> axes) {
+    using W = wide<T>;
+    WSSS_DYNAMIC_SHARED(unsigned char, shared);
+    const uint32_t image = part.image(), end = part.end();
+    const int count = static_cast<int>(p.classes);
+    const Stage<W> stage(shared, count);
+    const Classes classes(p.tags + image * p.classes, count, kKind == Kind::kStaged ? stage.end() : shared);
+    const T* const logits = static_cast<const T*>(p.logits) + image * p.strides.image;
+    double loss = 0;
+    int candidates = 0;
+    for (uint32_t first = part.first(); first < end; first += blockDim.x) {
+        const uint32_t pixel = first + threadIdx.x;
+        const int64_t at = static_cast<int64_t>(image) * part.pixels + pixel;
+        const Place place = part.place(pixel);
+        const int64_t offset = offset_of(p.strides, place);
+        const bool exists = pixel < end;
+        if constexpr (kKind == Kind::kStaged) stage.load(logits, offset, end - first, part.classes);
+        PixelLoss<W> result;
+        if (exists && classes.any_inside() && !(p.ignore != nullptr && p.ignore[at])) {
+            const auto find = [&](const auto& source) {
+                using Source = std::decay_t<decltype(source)>;
+                return find_loss<W>(p, typename Classes::template Scores<W, Source>(classes, source));
+            };
+            if constexpr (kKind == Kind::kDirect) {
+                result = find(FromMemory<T>{logits + offset, p.strides.channel});
+            } else if constexpr (kKind == Kind::kStaged) {
+                result = find(FromMemory<W>{stage.own(), 1});
+            } else {
+                result = find(Resized<T>(logits, p.strides, axes, place));
+            }
+        }
+        loss += static_cast<double>(result.loss);
+        candidates += result.winner >= 0;
+        if (exists && p.winner != nullptr) {
+            p.winner[at] = static_cast<int16_t>(result.winner);
+            static_cast<W*>(p.outside_sum)[at] = result.outside_sum;
+            if (p.loss != nullptr) static_cast<W*>(p.loss)[at] = result.loss;
+        }
+    }
+    const BlockSum sum = add_block(loss, candidates);
+    if (threadIdx.x == 0) {
+        p.part_loss[blockIdx.x] = sum.loss;
+        p.part_count[blockIdx.x] = sum.count;
+    }
+}
+
+// One block, whose threads take every kThreads-th part: the same order of additions in every run.
+template <class W>
+__global__ void __launch_bounds__(kThreads, 2) add_parts(Params p, int64_t parts) {
+    double loss = 0;
+    int64_t count = 0;
+    for (int64_t part = threadIdx.x; part < parts; part += kThreads) {
+        loss += p.part_loss[part];
+        count += p.part_count[part];
+    }
+    const BlockSum sum = add_block(loss, count);
+    if (threadIdx.x != 0) return;
+    *p.count = sum.count;
+    if (p.total == nullptr) return;
+    const double divisor = p.mean && sum.count > 0 ? static_cast<double>(sum.count) : 1;
+    *static_cast<W*>(p.total) = static_cast<W>(sum.loss / divisor);
+}
+
+template <class T, class Classes, Kind kKind>
+__global__ void __launch_bounds__(kThreads, 2) find_gradients(Params p, Part part) {
+    using W = wide<T>;
+    constexpr bool kStaged = kKind == Kind::kStaged;
+    using Source = FromMemory<std::conditional_t<kStaged, W, T>>;
+    WSSS_DYNAMIC_SHARED(unsigned char, shared);
+    const uint32_t image = part.image(), end = part.end();
+    const int count = static_cast<int>(p.classes);
+    const Stage<W> stage(shared, count);
+    const Classes classes(p.tags + image * p.classes, count, kStaged ? stage.end() : shared);
+    const T* const logits = static_cast<const T*>(p.logits) + image * p.strides.image;
+    T* const gradient = static_cast<T*>(p.gradient) + image * p.gradient_strides.image;
+    for (uint32_t first = part.first(); first < end; first += blockDim.x) {
+        const uint32_t pixel = first + threadIdx.x;
+        const int64_t at = static_cast<int64_t>(image) * part.pixels + pixel;
+        const Place place = part.place(pixel);
+        const int64_t offset = offset_of(p.strides, place), to = offset_of(p.gradient_strides, place);
+        const bool exists = pixel < end;
+        const int winner = exists ? p.winner[at] : -1;
+        if constexpr (kStaged) {
+            if (__syncthreads_or(winner >= 0)) stage.load(logits, offset, end - first, part.classes);
+        }
+        const auto write = [&](int c, W value) {
+            if constexpr (kStaged) {
+                stage.own()[c] = value;
+            } else {
+                gradient[to + c * p.gradient_strides.channel] = static_cast<T>(value);
+            }
+        };
+        if (winner >= 0) {
+            Source source;
+            if constexpr (kStaged) {
+                source = {stage.own(), 1};
+            } else {
+                source = {logits + offset, p.strides.channel};
+            }
+            const typename Classes::template Scores<W, Source> scores(classes, source);
+            const Slopes<W> slopes(p, scores, winner, static_cast<const W*>(p.outside_sum)[at],
+                                   find_loss_gradient<W>(p, at));
+            scores.each_outside([&](int c, W score) { write(c, slopes.of_outside(p, score)); });
+            scores.each_inside([&](int c, W score) { write(c, slopes.of_inside(p, c, winner, score)); });
+        } else if (exists) {
+            for (int c = 0; c < count; ++c) write(c, W{0});
+        }
+        if constexpr (kStaged) stage.store(gradient, to, end - first, part.classes);
+    }
+}
+
+template <class C>
+struct Type {
+    using type = C;
+};
+
+template <class Run>
+void with_classes(const Params& p, const Run& run) {
+    if (p.classes <= FewClasses::kMost) return run(Type<FewClasses>());
+    run(Type<ManyClasses>());
+}
+
+struct Staging {
+    int threads;   // whose pixels fit 48 KiB, down to a warp
+    size_t bytes;  // 0: without
+
+    // Where a pixel's classes lie side by side; not where a warp's pixels exceed what the smallest GPU has.
+    template <class W>
+    static Staging choose(const Params& p, bool side_by_side, Type<W> /*wide*/) {
+        int threads = kThreads;
+        while (threads > 32 && Stage<W>::shared_bytes(p.classes, threads) > (48 << 10)) threads /= 2;
+        const size_t bytes = Stage<W>::shared_bytes(p.classes, threads);
+        const bool fits = bytes + ManyClasses::shared_bytes(p.classes) <= (99 << 10);
+        return side_by_side && fits ? Staging{threads, bytes} : Staging{kThreads, 0};
+    }
+};
+
+dim3 part_blocks(const Params& p) { return dim3(static_cast<unsigned>(p.images * blocks_per_image(p))); }
+
+template <class T>
+void run_forward(const Params& p, const Where& where) {
+    using W = wide<T>;
+    const Staging staging = Staging::choose(p, p.strides.channel == 1 && !is_resized(p), Type<W>());
+    with_classes(p, [&](auto type) {
+        using Classes = typename decltype(type)::type;
+        const auto kernel = is_resized(p)       ? find_losses<T, Classes, Kind::kResized>
+                            : staging.bytes > 0 ? find_losses<T, Classes, Kind::kStaged>
+                                                : find_losses<T, Classes, Kind::kDirect>;
+        launch(kernel, part_blocks(p), dim3(static_cast<unsigned>(staging.threads)),
+               staging.bytes + Classes::shared_bytes(p.classes), where.stream, p, Part(p), Axes<W>(p));
+    });
+    launch(add_parts<W>, dim3(1), dim3(kThreads), 0, where.stream, p, p.images * blocks_per_image(p));
+}
+
+template <class T>
+void run_backward(const Params& p, const Where& where) {
+    if (is_resized(p)) return run_resized<T>(p, where);
+    const bool side_by_side = p.strides.channel == 1 && p.gradient_strides.channel == 1;
+    const Staging staging = Staging::choose(p, side_by_side, Type<wide<T>>());
+    with_classes(p, [&](auto type) {
+        using Classes = typename decltype(type)::type;
+        const auto kernel = staging.bytes > 0 ? find_gradients<T, Classes, Kind::kStaged>
+                                              : find_gradients<T, Classes, Kind::kDirect>;
+        launch(kernel, part_blocks(p), dim3(static_cast<unsigned>(staging.threads)),
+               staging.bytes + Classes::shared_bytes(p.classes), where.stream, p, Part(p));
+    });
+}
+
+template <class Run>
+void with_type(DType dtype, const Run& run) {
+    switch (dtype) {
+        case DType::kFloat64:
+            return run(Type<double>());
+        case DType::kFloat32:
+            return run(Type<float>());
+        case DType::kFloat16:
+            return run(Type<__half>());
+        case DType::kBFloat16:
+            return run(Type<__nv_bfloat16>());
+    }
+}
+
+}  // namespace
+
+void forward(const Params& p, const Where& where) {
+    with_type(p.dtype, [&](auto type) { run_forward<typename decltype(type)::type>(p, where); });
+}
+void backward(const Params& p, const Where& where) {
+    with_type(p.dtype, [&](auto type) { run_backward<typename decltype(type)::type>(p, where); });
+}
+
+}  // namespace wsss::ocr

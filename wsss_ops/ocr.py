@@ -1,0 +1,401 @@
+"""Out-of-candidate rectification: pixels predicted as a class that their image does not have are pushed back.
+
+Cheng et al., Out-of-Candidate Rectification for Weakly Supervised Semantic Segmentation, CVPR 2023 (arXiv 2211.12268),
+section 3. The split of the classes into two groups and the ranking loss between them are the paper's; how correlation
+and threshold choose the group inside, what ties, ignored pixels and untagged images mean, and scale and margin are our
+reading.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ._backend import call, module_for
+from ._checks import FLOATS, INTEGERS, check_device, check_number, check_pair, check_shape, check_tensor
+from ._layout import empty_like_format, is_channels_last
+from ._library import register
+
+_MOST_CLASSES = 2**14  # whose numbers fit 16 bits, and two lists of them the shared memory of every GPU
+
+
+@overload
+def ocr_loss(
+    logits: Tensor,
+    tags: Tensor,
+    *,
+    prior: Tensor | None = None,
+    threshold: float = 0.0,
+    margin: float = 0.0,
+    scale: float = 1.0,
+    ignore: Tensor | None = None,
+    size: Sequence[int] | None = None,
+    align_corners: bool = False,
+    reduction: str = "mean",
+    return_count: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def ocr_loss(
+    logits: Tensor,
+    tags: Tensor,
+    *,
+    prior: Tensor | None = None,
+    threshold: float = 0.0,
+    margin: float = 0.0,
+    scale: float = 1.0,
+    ignore: Tensor | None = None,
+    size: Sequence[int] | None = None,
+    align_corners: bool = False,
+    reduction: str = "mean",
+    return_count: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def ocr_loss(
+    logits: Tensor,
+    tags: Tensor,
+    *,
+    prior: Tensor | None = None,
+    threshold: float = 0.0,
+    margin: float = 0.0,
+    scale: float = 1.0,
+    ignore: Tensor | None = None,
+    size: Sequence[int] | None = None,
+    align_corners: bool = False,
+    reduction: str = "mean",
+    return_count: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Group-ranking loss on out-of-candidate (OC) pixels: those whose predicted class is not among the image's tags.
+
+    With s the scores of an OC pixel, o its predicted class, O the classes that are not tagged and I the tagged classes
+    that correlate with the prediction, its loss is log(1 + sum over i in O, j in I of exp(scale * (s_i - s_j +
+    margin))).
+    I holds the tagged classes c with prior[o, c] > 0 whose prior[o, c] * softmax(s)_c is at least `threshold` times the
+    largest; all tagged classes where none has a prior above 0. Groups carry no gradient.
+
+    Args:
+        logits: [N, C, h, w], background first where there is one; float64, float32, float16 or bfloat16; NCHW,
+            channels_last or any other strides, never copied. At most 16384 classes. The first of equal scores is the
+            predicted class.
+        tags: [N, C], the classes of each image, background included: any number but 0 (so NaN too) means present. An
+            image without any contributes nothing.
+        prior: [C, C] numbers, prior[o, c] the correlation of candidate c with prediction o (`annotation_correlation` of
+            the training tags), or None for 1. What is not above 0, NaN included, counts as 0.
+        threshold: share of the largest correlation that a class in I needs, 0 to 1.
+        margin: how far the scores of I shall be above those of O.
+        scale: of scores and margin, above 0.
+        ignore: bool [N, H, W] at the size of the loss: pixels that contribute nothing; None for none.
+        size: (H, W): the loss is that of the logits resized bilinearly to it, as torch.nn.functional.interpolate does,
+            without these ever being stored. None for (h, w).
+        align_corners: as for torch.nn.functional.interpolate.
+        reduction: "mean" over OC pixels (0 where there are none), "sum" or "none".
+        return_count: return the number of OC pixels too. With "sum" and a count summed over processes, several
+            processes compute exactly the mean that one would.
+
+    Returns:
+        The loss, float64 for float64 logits and else float32: one number, or [N, H, W] for "none". With return_count
+        (loss, int64 tensor on the device of the logits); nothing is copied to the host.
+
+        The gradient has dtype and memory format of the logits. It is that of the formula also where scores are far
+        apart: up to 1e30 in magnitude nothing overflows. It is the same in every run, and can be taken once, not twice.
+        A pixel with a NaN score (not ignored, its image tagged) counts as OC; its loss and gradient are NaN, so sum and
+        mean are too, and the gradients of other pixels are what they were.
+
+    Memory: 6 bytes a pixel of the loss between forward and backward (10 for float64), and in a resized backward
+    scratch of a few times the logits at their own size.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was got.
+    """
+    height, width = _check(logits, tags, ignore, size, align_corners)
+    if prior is not None:
+        check_tensor("prior", prior, "C, C", FLOATS + INTEGERS)
+        check_shape("prior", prior, (logits.shape[1], logits.shape[1]))
+        check_device("prior", prior, "logits", logits)
+    if not 0 <= check_number("threshold", threshold) <= 1:
+        raise ValueError(f"threshold must be from 0 to 1, got {threshold}")
+    check_number("margin", margin)
+    if check_number("scale", scale) <= 0:
+        raise ValueError(f"scale must be above 0, got {scale}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    loss, count, _, _ = _ocr_loss(
+        logits, tags, prior, ignore, threshold, margin, scale, height, width, align_corners, reduction
+    )
+    return (loss, count) if return_count else loss
+
+
+def annotation_correlation(tags: Tensor) -> Tensor:
+    """How often classes occur together in a training set: the prior of `ocr_loss` (the paper's annotation correlation).
+
+    Args:
+        tags: [M, C], the classes of M images: any number but 0 means present.
+
+    Returns:
+        float32 [C, C]: at [o, c] the share of the images with class o that have class c; 0 where no image has o.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was got.
+    """
+    check_tensor("tags", tags, "M, C", FLOATS + INTEGERS)
+    present = (tags != 0).double()  # float32 products may be rounded to fewer bits, under autocast or as TF32
+    together = present.T @ present
+    return (together / together.diagonal().clamp_min(1)[:, None]).float()
+
+
+def out_of_candidate_rate(
+    logits: Tensor,
+    tags: Tensor,
+    *,
+    ignore: Tensor | None = None,
+    size: Sequence[int] | None = None,
+    align_corners: bool = False,
+) -> Tensor:
+    """Share of the pixels that are out-of-candidate: the figure that `ocr_loss` is meant to bring down.
+
+    Args:
+        logits, tags, ignore, size, align_corners: as for `ocr_loss`.
+
+    Returns:
+        One float32 number on the device of the logits, without gradient: OC pixels divided by all that are not
+        ignored, images without tags included; 0 where there are none.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what was got.
+    """
+    height, width = _check(logits, tags, ignore, size, align_corners)
+    count: Tensor = _ocr_count(logits.detach(), tags, ignore, height, width, align_corners)
+    if ignore is None:
+        return count / max(logits.shape[0] * height * width, 1)
+    return count / (~ignore).sum().clamp_min(1)
+
+
+def _check(
+    logits: Tensor, tags: Tensor, ignore: Tensor | None, size: Sequence[int] | None, align_corners: bool
+) -> tuple[int, int]:
+    """The size of the loss."""
+    check_tensor("logits", logits, "N, C, H, W", FLOATS)
+    n, classes, height, width = logits.shape
+    if not 1 <= classes <= _MOST_CLASSES:
+        raise ValueError(f"logits must have 1 to {_MOST_CLASSES} classes, got {classes}")
+    check_tensor("tags", tags, "N, C", FLOATS + INTEGERS)
+    check_shape("tags", tags, (n, classes))
+    check_device("tags", tags, "logits", logits)
+    if not isinstance(align_corners, bool):
+        raise TypeError(f"align_corners must be a bool, got {align_corners!r}")
+    if size is not None:
+        wanted = check_pair("size", size, 1)
+        if height == 0 or width == 0:
+            raise ValueError(f"logits must have pixels to be resized, got shape {list(logits.shape)}")
+        height, width = wanted
+    if ignore is not None:
+        check_tensor("ignore", ignore, "N, H, W", (torch.bool,))
+        check_shape("ignore", ignore, (n, height, width))
+        check_device("ignore", ignore, "logits", logits)
+    return height, width
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _log_prior(prior: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Transposed, for then the pixels of a vector read one row each for a class."""
+    if prior is None:
+        return None
+    return torch.where(prior > 0, prior, 0).to(_wide(prior.dtype)).log().to(dtype).T.contiguous()
+
+
+def _settings(threshold: float, margin: float, scale: float) -> tuple[float, float, float]:
+    return (math.log(threshold) if threshold > 0 else -math.inf), margin, scale
+
+
+def _parts(logits: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    parts, _ = module_for(logits.device).ocr_scratch(logits.shape, height, width)
+    return logits.new_empty(parts, dtype=torch.double), logits.new_empty(parts, dtype=torch.int64)
+
+
+def _empty_outputs(
+    logits: Tensor,
+    tags: Tensor,
+    prior: Tensor | None,
+    ignore: Tensor | None,
+    threshold: float,
+    margin: float,
+    scale: float,
+    height: int,
+    width: int,
+    align_corners: bool,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, count, and for the backward winner and outside_sum of csrc/ocr/op.h."""
+    pixels = (logits.shape[0], height, width)
+    wide = _wide(logits.dtype)
+    return (
+        logits.new_empty(pixels if reduction == "none" else (), dtype=wide),
+        logits.new_empty((), dtype=torch.int64),
+        logits.new_empty(pixels, dtype=torch.int16),
+        logits.new_empty(pixels, dtype=wide),
+    )
+
+
+def _forward(
+    logits: Tensor,
+    tags: Tensor,
+    prior: Tensor | None,
+    ignore: Tensor | None,
+    threshold: float,
+    margin: float,
+    scale: float,
+    height: int,
+    width: int,
+    align_corners: bool,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = (threshold, margin, scale, height, width, align_corners, reduction)
+    loss, count, winner, outside_sum = _empty_outputs(logits, tags, prior, ignore, *options)
+    if winner.numel() == 0:
+        return loss.zero_(), count.zero_(), winner, outside_sum
+    call(
+        "ocr_forward",
+        logits.device,
+        logits,
+        (tags != 0).contiguous(),
+        _log_prior(prior, _wide(logits.dtype)),
+        None if ignore is None else ignore.contiguous(),
+        _settings(threshold, margin, scale),
+        height,
+        width,
+        align_corners,
+        reduction == "mean",
+        loss,
+        count,
+        winner,
+        outside_sum,
+        *_parts(logits, height, width),
+    )
+    return loss, count, winner, outside_sum
+
+
+def _empty_gradient(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return empty_like_format(logits.shape, logits, is_channels_last(logits))
+
+
+def _backward(
+    grad: Tensor,
+    logits: Tensor,
+    tags: Tensor,
+    prior: Tensor | None,
+    count: Tensor,
+    winner: Tensor,
+    outside_sum: Tensor,
+    threshold: float,
+    margin: float,
+    scale: float,
+    align_corners: bool,
+    reduction: str,
+) -> Tensor:
+    gradient = _empty_gradient(grad, logits)
+    if winner.numel() == 0 or gradient.numel() == 0:
+        return gradient.zero_()
+    height, width = winner.shape[1:]
+    scratch = None
+    if (height, width) != logits.shape[2:]:
+        _, numbers = module_for(logits.device).ocr_scratch(logits.shape, height, width)
+        scratch = outside_sum.new_empty(numbers)
+    call(
+        "ocr_backward",
+        logits.device,
+        logits,
+        (tags != 0).contiguous(),
+        _log_prior(prior, outside_sum.dtype),
+        _settings(threshold, margin, scale),
+        height,
+        width,
+        align_corners,
+        reduction == "mean",
+        grad.contiguous(),
+        count,
+        winner,
+        outside_sum,
+        gradient,
+        scratch,
+    )
+    return gradient
+
+
+def _empty_count(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty((), dtype=torch.int64)
+
+
+def _count(logits: Tensor, tags: Tensor, ignore: Tensor | None, height: int, width: int, align_corners: bool) -> Tensor:
+    count = _empty_count(logits)
+    if logits.shape[0] * height * width == 0:
+        return count.zero_()
+    call(
+        "ocr_forward",
+        logits.device,
+        logits,
+        (tags != 0).contiguous(),
+        None,
+        None if ignore is None else ignore.contiguous(),
+        _settings(0.0, 0.0, 1.0),
+        height,
+        width,
+        align_corners,
+        False,
+        None,
+        count,
+        None,
+        None,
+        *_parts(logits, height, width),
+    )
+    return count
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, tags, prior, _, *ctx.options = inputs
+    _, *saved = output
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, tags, prior, *saved)
+
+
+def _loss_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    threshold, margin, scale, _, _, align_corners, reduction = ctx.options
+    gradient = None
+    if grad is not None:
+        gradient = _ocr_loss_backward(grad, *ctx.saved_tensors, threshold, margin, scale, align_corners, reduction)
+    return (gradient, *[None] * 10)
+
+
+def _no_second_derivative(ctx: Any, grad: Tensor) -> Any:
+    raise RuntimeError("ocr_loss has no second derivative: call backward without create_graph=True")
+
+
+_ocr_loss_backward = register(
+    "ocr_loss_backward(Tensor grad, Tensor logits, Tensor tags, Tensor? prior, Tensor count, Tensor winner, "
+    "Tensor outside_sum, float threshold, float margin, float scale, bool align_corners, str reduction) -> Tensor",
+    _backward,
+    _empty_gradient,
+    _no_second_derivative,
+)
+_ocr_loss = register(
+    "ocr_loss(Tensor logits, Tensor tags, Tensor? prior, Tensor? ignore, float threshold, float margin, float scale, "
+    "SymInt height, SymInt width, bool align_corners, str reduction) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _empty_outputs,
+    _loss_backward,
+    _save,
+)
+_ocr_count = register(
+    "ocr_count(Tensor logits, Tensor tags, Tensor? ignore, SymInt height, SymInt width, bool align_corners) -> Tensor",
+    _count,
+    _empty_count,
+)
