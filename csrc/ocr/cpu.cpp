@@ -133,8 +133,9 @@ void run_direct(const Params& p, const Where& where) {
     const int threads = count_threads(p, where);
     const W factor = kForward ? W{0} : find_factor<W>(p);
     const Memory memory(threads, Image<W>::bytes(p.classes) + Tile<W>::bytes(p.classes));
-    if (!kForward)
+    if constexpr (!kForward) {
         ask_for_large_pages(p.gradient, p.images * p.classes * pixels * static_cast<int64_t>(sizeof(T)));
+    }
 #pragma omp parallel num_threads(threads)
     {
         Arena arena = memory.arena(omp_get_thread_num());
@@ -241,8 +242,9 @@ void run_resized(const Params& p, const Where& where) {
                     const int64_t at = (n * p.out_height + y) * p.out_width + x;
                     if (!kForward && !any_candidate(p, at, count)) continue;
                     const W below = axis.at(y).fraction, above = 1 - below;
-                    for (int64_t i = 0; i < numbers; ++i)
+                    for (int64_t i = 0; i < numbers; ++i) {
                         tile.scores[i] = upper[i] * above + lower[i] * below;
+                    }
                     if constexpr (kForward) {
                         finish_loss(image, tile, at, count, sum);
                     } else {

@@ -110,8 +110,8 @@ void store_gradient(T* to, const W* gradient, int64_t channel, int64_t x, int64_
             transpose(scratch, classes);
             for (int k = 0; k < 4; ++k) {
                 T* const row = to + (i + k) * x;
-                for (int64_t c = 0; c < squares.classes; ++c)
-                    row[c] = static_cast<T>(scratch[k * classes + c]);
+                const W* const source = scratch + k * classes;
+                for (int64_t c = 0; c < squares.classes; ++c) row[c] = static_cast<T>(source[c]);
             }
         }
     }

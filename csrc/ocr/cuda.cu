@@ -147,26 +147,27 @@ void with_classes(const Params& p, const Run& run) {
 }
 
 struct Staging {
-    int threads;   // whose pixels fit 48 KiB, down to a warp
+    int threads;
     size_t bytes;  // 0: without
-
-    // Where a pixel's classes lie side by side; not where a warp's pixels exceed what the smallest GPU has.
-    template <class W>
-    static Staging choose(const Params& p, bool side_by_side, Type<W> /*wide*/) {
-        int threads = kThreads;
-        while (threads > 32 && Stage<W>::shared_bytes(p.classes, threads) > (48 << 10)) threads /= 2;
-        const size_t bytes = Stage<W>::shared_bytes(p.classes, threads);
-        const bool fits = bytes + ManyClasses::shared_bytes(p.classes) <= (99 << 10);
-        return side_by_side && fits ? Staging{threads, bytes} : Staging{kThreads, 0};
-    }
 };
+
+// For classes side by side: as many threads as have pixels that fit 48 KiB, at least a warp; none where not
+// even a warp's fit what the smallest GPU has.
+template <class W>
+Staging choose_staging(const Params& p, bool side_by_side) {
+    int threads = kThreads;
+    while (threads > 32 && Stage<W>::shared_bytes(p.classes, threads) > (48 << 10)) threads /= 2;
+    const size_t bytes = Stage<W>::shared_bytes(p.classes, threads);
+    const bool fits = bytes + ManyClasses::shared_bytes(p.classes) <= (99 << 10);
+    return side_by_side && fits ? Staging{threads, bytes} : Staging{kThreads, 0};
+}
 
 dim3 part_blocks(const Params& p) { return dim3(static_cast<unsigned>(p.images * blocks_per_image(p))); }
 
 template <class T>
 void run_forward(const Params& p, const Where& where) {
     using W = wide<T>;
-    const Staging staging = Staging::choose(p, p.strides.channel == 1 && !is_resized(p), Type<W>());
+    const Staging staging = choose_staging<W>(p, p.strides.channel == 1 && !is_resized(p));
     with_classes(p, [&](auto type) {
         using Classes = typename decltype(type)::type;
         const auto kernel = is_resized(p)       ? find_losses<T, Classes, Kind::kResized>
@@ -182,7 +183,7 @@ template <class T>
 void run_backward(const Params& p, const Where& where) {
     if (is_resized(p)) return run_resized<T>(p, where);
     const bool side_by_side = p.strides.channel == 1 && p.gradient_strides.channel == 1;
-    const Staging staging = Staging::choose(p, side_by_side, Type<wide<T>>());
+    const Staging staging = choose_staging<wide<T>>(p, side_by_side);
     with_classes(p, [&](auto type) {
         using Classes = typename decltype(type)::type;
         const auto kernel = staging.bytes > 0 ? find_gradients<T, Classes, Kind::kStaged>

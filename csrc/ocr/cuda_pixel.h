@@ -123,10 +123,10 @@ class ManyClasses {
                 const unsigned in = __ballot_sync(0xffffffffu, tagged);
                 const unsigned before = (1u << lane) - 1;
                 if (tagged) inside_[inside + __popc(in & before)] = static_cast<int16_t>(c);
-                if (exists && !tagged)
-                    outside_[outside + __popc(all & ~in & before)] = static_cast<int16_t>(c);
+                const unsigned out = all & ~in;
+                if (exists && !tagged) outside_[outside + __popc(out & before)] = static_cast<int16_t>(c);
                 inside += __popc(in);
-                outside += __popc(all & ~in);
+                outside += __popc(out);
             }
             if (lane == 0) {
                 counts[0] = outside;
@@ -194,7 +194,7 @@ struct RunningSum {
     }
 };
 
-__device__ bool is_selective(const Params& p) {
+__device__ inline bool is_selective(const Params& p) {
     return p.log_prior != nullptr || p.log_threshold > -INFINITY;
 }
 
