@@ -129,5 +129,35 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def summarise_stages(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Validation figures of each stage at its own threshold and, "at_first", at that of the first stage."""
+    first = next(iter(results.values()))
+    index = first["thresholds"].index(first["threshold"])
+    summary = {}
+    for name, result in results.items():
+        figures = result["validation"]
+        summary[name] = {key: figures[key] for key in ("mIoU", "precision", "recall")} | {
+            "threshold": result["threshold"],
+            "at_first": {key: values[index] for key, values in figures["curve"].items()},
+        }
+    return summary
+
+
+def stage_table(result: dict[str, Any]) -> str:
+    """The stages side by side, as text that begins with a new line; empty where there is but one."""
+    if "stages" not in result:
+        return ""
+    first = next(iter(result["stages"].values()))["threshold"]
+    lines = ["", f"{'validation':<12}{'threshold':>10}{'mIoU':>8}{'precision':>11}{'recall':>8}   at {first:.2f}:"]
+    for name, row in result["stages"].items():
+        own, at_first = (
+            [float("nan") if figures[key] is None else figures[key] for key in ("mIoU", "precision", "recall")]
+            for figures in (row, row["at_first"])
+        )
+        cells = (f"{figures[0]:>8.4f}{figures[1]:>11.4f}{figures[2]:>8.4f}" for figures in (own, at_first))
+        lines.append(f"{name:<12}{row['threshold']:>10.2f}" + "   ".join(cells))
+    return "\n".join(lines)
+
+
 def _plain(value: Tensor) -> float | None:
     return None if math.isnan(value) else round(float(value), 6)

@@ -8,7 +8,7 @@ import torch
 from wsss_ops.info import environment
 from wsss_ops.training import checkpoints
 from wsss_ops.training.data import Dataset
-from wsss_ops.training.evaluation import evaluate, table
+from wsss_ops.training.evaluation import evaluate, stage_table, summarise_stages, table
 from wsss_ops.training.inference import stream_cams
 from wsss_ops.training.pictures import Row, has_matplotlib, save_curve, save_panels
 from wsss_ops.training.processes import Processes
@@ -27,12 +27,17 @@ def can_draw_curves(processes: Processes) -> bool:
 
 def evaluate_and_report(
     system: System, development: Dataset, validation: Dataset, scales: tuple[float, ...], processes: Processes,
-    out: Path, *, panels: int, curve: bool, details: dict[str, Any],
+    out: Path, *, panels: int, curve: bool, details: dict[str, Any], earlier: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Evaluates, prints the table and writes curve, panels and metrics.json (with details and environment) into out."""
+    """Evaluates, prints the table and writes curve, panels and metrics.json (with details and environment) into out.
+
+    earlier: the results of the stages before, to be compared with this one's.
+    """
     result = details | {"environment": environment()} | evaluate(system, development, validation, scales, processes)
+    if earlier:
+        result["stages"] = summarise_stages(earlier | {system.stages()[-1].name: result})
     if processes.is_main:
-        print(table(result))
+        print(table(result) + stage_table(result))
         out.mkdir(parents=True, exist_ok=True)
         if curve:
             figures = result["validation"]["curve"]

@@ -14,15 +14,16 @@ from wsss_ops.training import checkpoints
 from wsss_ops.training.batches import TrainingBatches
 from wsss_ops.training.cam import CamSystem
 from wsss_ops.training.comparison import compare
-from wsss_ops.training.data import fingerprint, open_dataset
-from wsss_ops.training.evaluation import table
+from wsss_ops.training.data import Dataset, fingerprint, open_dataset
+from wsss_ops.training.esol import EsolSystem
+from wsss_ops.training.evaluation import stage_table, table
 from wsss_ops.training.loop import Training, seed_everything
 from wsss_ops.training.processes import Processes, join_processes
 from wsss_ops.training.report import can_draw_curves, evaluate_and_report
 from wsss_ops.training.settings import Settings, add_settings, read_settings
 from wsss_ops.training.system import System
 
-SYSTEMS: dict[str, type[System]] = {"cam": CamSystem}
+SYSTEMS: dict[str, type[System]] = {"cam": CamSystem, "esol": EsolSystem}
 OPS = ("fused", "reference", "both")
 
 
@@ -90,7 +91,7 @@ def run(
     checkpoints.check_claim(out, record)
     if (out / checkpoints.METRICS).exists():
         result = checkpoints.read_json(out / checkpoints.METRICS)
-        processes.print(f"{out} is finished:\n{table(result)}")
+        processes.print(f"{out} is finished:\n{table(result)}{stage_table(result)}")
         return result
     curve = evaluation and can_draw_curves(processes)
     classes = data["train"].classes
@@ -110,11 +111,36 @@ def run(
         return None
     details = {"run": record, "training_seconds": round(training.seconds, 1)}
     began = time.monotonic()
-    result = evaluate_and_report(
-        system, data["dev"], data["val"], settings.scales, processes, out, panels=panels, curve=curve, details=details
-    )
+    result = _evaluate_stages(training, data, panels, curve, details)
     processes.print(f"evaluated in {time.monotonic() - began:.0f} s")
     return result
+
+
+def _evaluate_stages(
+    training: Training, data: dict[str, Dataset], panels: int, curve: bool, details: dict[str, Any]
+) -> dict[str, Any]:
+    """Evaluates each stage's model in a folder of its own, the last one's in the run folder; returns what
+    metrics.json there holds. Stages that have been evaluated before a kill are not evaluated again."""
+    system, processes, out = training.system, training.processes, training.out
+    found: dict[str, dict[str, Any]] = {}
+    for stage in training.stages[:-1]:
+        folder = out / stage.name
+        if (folder / checkpoints.METRICS).exists():
+            found[stage.name] = checkpoints.read_json(folder / checkpoints.METRICS)
+            continue
+        system.network.load_state_dict(checkpoints.load(out / f"{stage.name}.pt")["network"])
+        processes.print(f"stage {stage.name}:")
+        found[stage.name] = evaluate_and_report(
+            system, data["dev"], data["val"], system.settings.scales, processes, folder, panels=panels, curve=curve,
+            details=details,
+        )  # fmt: skip
+    if found:
+        system.network.load_state_dict(checkpoints.load(out / checkpoints.MODEL)["network"])
+        processes.print(f"stage {training.stages[-1].name}:")
+    return evaluate_and_report(
+        system, data["dev"], data["val"], system.settings.scales, processes, out, panels=panels, curve=curve,
+        details=details, earlier=found,
+    )  # fmt: skip
 
 
 def _build(name: str, settings: Settings, num_classes: int, ops: str) -> System:

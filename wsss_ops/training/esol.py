@@ -1,0 +1,173 @@
+"""ESOL: CAM, then sampling offsets that expand what it shows, then offsets that shrink it to the object.
+
+Li et al., Expansion and Shrinkage of Localization for Weakly-Supervised Semantic Segmentation, NeurIPS 2022 (arXiv
+2209.07761). README.md here says what is the paper's and what is our reading.
+"""
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wsss_ops.training.backbones import Backbone
+from wsss_ops.training.batches import Batch
+from wsss_ops.training.cam import CamNetwork, CamSystem
+from wsss_ops.training.settings import Settings, option
+from wsss_ops.training.system import Stage
+
+CAM, EXPANSION, SHRINKAGE = range(3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EsolSettings(Settings):
+    """Settings of ESOL: those of the CAM stage, and of the two samplers."""
+
+    expansion_epochs: int = option(int, 4, "passes over the training images in the expansion stage")
+    shrinkage_epochs: int = option(int, 4, "passes over the training images in the shrinkage stage")
+    expansion_lr: float = option(float, 1e-3, "learning rate of the expansion's offsets")
+    shrinkage_lr: float = option(float, 1e-3, "learning rate of the shrinkage's offsets")
+    classifier_lr: float = option(float, 1e-4, "learning rate of the classifier behind a sampler; 0: it stays fixed")
+    expansion_offset: float = option(float, 2.0, "bound of the expansion's offsets, in cells of the map")
+    shrinkage_offset: float = option(float, 2.0, "bound of the shrinkage's offsets, in cells of the map")
+    alpha: float = option(float, 1.0, "weight of the inverse supervision, -alpha times the classification loss")
+    beta: float = option(float, 0.3, "feature clipping: limit as a share of the image's largest feature")
+    area: float = option(float, 1.0, "weight of the area loss in the shrinkage stage (the paper's lambda)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive = ("expansion_epochs", "shrinkage_epochs", "expansion_lr", "shrinkage_lr", "alpha", "beta")
+        for name in (*positive, "expansion_offset", "shrinkage_offset"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("classifier_lr", "area"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+class EsolNetwork(CamNetwork):
+    """The CAM network with a sampler for each of the later stages; `stage` says which of them are in use.
+
+    The expansion samples the backbone's features with the weight of the CAM's 3x3 layer (`sampler`), the shrinkage its
+    result with the identity.
+    """
+
+    def __init__(self, backbone: Backbone, num_classes: int, ops: ModuleType, settings: EsolSettings,
+                 width: int = 256) -> None:  # fmt: skip
+        super().__init__(backbone, num_classes, width)
+        frozen = {"freeze_weight": True, "detach_input": True}
+        self.expansion = ops.DeformSampler(backbone.out_channels, width, max_offset=settings.expansion_offset, **frozen)
+        self.shrinkage = ops.DeformSampler(width, width, max_offset=settings.shrinkage_offset, **frozen)
+        nn.init.dirac_(self.shrinkage.weight)
+        nn.init.zeros_(self.shrinkage.bias)
+        self.clip, self.alpha, self.beta = ops.clip_features, settings.alpha, settings.beta
+        self.stage = CAM
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images [N, 3, H, W], normalised -> logits [N, num_classes] and CAM [N, num_classes, h, w]."""
+        if self.stage == CAM:
+            return super().forward(images)
+        if self.stage == EXPANSION:
+            maps = self.expand(images)
+        else:
+            with torch.no_grad():
+                maps = self.expand(images)
+            maps = self.shrinkage(maps).relu()
+        cam = self.classifier(maps)
+        return cam.mean((2, 3)), cam
+
+    def expand(self, images: Tensor) -> Tensor:
+        """The clipped features of the expansion sampler; their gradient reaches its offsets reversed."""
+        with torch.no_grad():
+            features = self.backbone(images)
+        sampled: Tensor = _Reversed.apply(self.expansion(features), self.alpha)
+        return cast(Tensor, self.clip(sampled.relu(), self.beta))
+
+    def offsets(self, images: Tensor) -> Tensor:
+        """Of the sampler in use, in cells of the map: [N, 18, h, w]. For pictures."""
+        features = self.backbone(images)
+        if self.stage == EXPANSION:
+            return cast(Tensor, self.expansion.offsets(features))
+        return cast(Tensor, self.shrinkage.offsets(self.expand(images)))
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"stage": self.stage}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.stage = state["stage"]
+
+
+class _Reversed(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by -alpha: one backward pass then lets what lies before it climb the
+    loss and what lies behind descend it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: float) -> Tensor:
+        ctx.alpha = alpha
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return -ctx.alpha * gradient, None
+
+
+class EsolSystem(CamSystem):
+    """Expansion and shrinkage: a CAM, sampled by offsets that grow it, then by offsets that tighten it."""
+
+    Settings: ClassVar[type[Settings]] = EsolSettings
+    uses_ops = True
+    network: EsolNetwork
+
+    def __init__(self, settings: EsolSettings, num_classes: int, ops: ModuleType | None, *,
+                 pretrained: bool = True) -> None:  # fmt: skip
+        assert ops is not None
+        super().__init__(settings, num_classes, ops, pretrained=pretrained)
+        self.network = EsolNetwork(self.network.backbone, num_classes - 1, ops, settings)
+
+    def stages(self) -> list[Stage]:
+        return [
+            Stage("cam", self.settings.epochs),
+            Stage("expansion", self.settings.expansion_epochs),
+            Stage("shrinkage", self.settings.shrinkage_epochs),
+        ]
+
+    def enter(self, stage: int) -> list[dict[str, Any]]:
+        network, settings = self.network, self.settings
+        network.stage = stage
+        network.requires_grad_(False)
+        if stage == CAM:
+            for layer in (network.sampler, network.classifier):
+                layer.requires_grad_(True)
+            return super().enter(stage)
+        if stage == EXPANSION:  # on resumption too: the 3x3 layer has not changed since
+            network.expansion.load_state_dict(network.sampler.state_dict(), strict=False)
+        sampler, lr = (
+            (network.expansion, settings.expansion_lr)
+            if stage == EXPANSION
+            else (network.shrinkage, settings.shrinkage_lr)
+        )
+        sampler.offset_branch.requires_grad_(True)
+        groups = [{"params": list(sampler.offset_branch.parameters()), "lr": lr}]
+        if settings.classifier_lr > 0:
+            network.classifier.requires_grad_(True)
+            groups.append({"params": list(network.classifier.parameters()), "lr": settings.classifier_lr})
+        return groups
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        logits, cam = self.network(batch.images)
+        loss = F.binary_cross_entropy_with_logits(logits.float(), batch.tags)
+        figures = {"loss": loss.detach()}
+        if self.network.stage == SHRINKAGE:
+            covered = area_loss(cam.float(), batch.tags)
+            loss = loss + self.settings.area * covered
+            figures |= {"loss": loss.detach(), "area": covered.detach()}
+        return loss, figures
+
+
+def area_loss(cam: Tensor, tags: Tensor) -> Tensor:
+    """The mean over classes present of the mean activation of their normalised maps: cam [N, C, h, w], tags [N, C]."""
+    positive = cam.relu()
+    normalised = positive / (positive.amax((2, 3), keepdim=True) + 1e-5)
+    return (normalised.mean((2, 3)) * tags).sum() / tags.sum().clamp_min(1)
