@@ -49,5 +49,5 @@ def _trial(
 
 
 def _distance(systems: Mapping[str, System]) -> float:
-    one, other = (system.network.state_dict() for system in systems.values())
-    return max(float((one[key].double() - other[key].double()).abs().max()) for key in one if one[key].numel())
+    one, other = ([*system.network.parameters(), *system.network.buffers()] for system in systems.values())
+    return max(float((a.double() - b.double()).abs().max()) for a, b in zip(one, other, strict=True) if a.numel())

@@ -86,11 +86,16 @@ class EsolNetwork(CamNetwork):
         return cast(Tensor, self.clip(sampled.relu(), self.beta))
 
     def offsets(self, images: Tensor) -> Tensor:
-        """Of the sampler in use, in cells of the map: [N, 18, h, w]. For pictures."""
-        features = self.backbone(images)
+        """Of the later stages' sampler, in cells of the map: [N, 18, h, w], for each tap y before x."""
         if self.stage == EXPANSION:
-            return cast(Tensor, self.expansion.offsets(features))
+            return cast(Tensor, self.expansion.offsets(self.backbone(images)))
         return cast(Tensor, self.shrinkage.offsets(self.expand(images)))
+
+    def train(self, mode: bool = True) -> "EsolNetwork":
+        super().train(mode)
+        if self.stage != CAM:  # what does not learn keeps its statistics too
+            self.backbone.eval()
+        return self
 
     def get_extra_state(self) -> dict[str, int]:
         return {"stage": self.stage}
@@ -154,6 +159,14 @@ class EsolSystem(CamSystem):
             network.classifier.requires_grad_(True)
             groups.append({"params": list(network.classifier.parameters()), "lr": settings.classifier_lr})
         return groups
+
+    def displacements(self, images: Tensor) -> Tensor | None:
+        if self.network.stage == CAM:
+            return None
+        taps = self.network.offsets(images).unflatten(1, (9, 2))
+        # The shrinkage's weight is the identity: its other taps sample for nothing.
+        chosen = taps.mean(1) if self.network.stage == EXPANSION else taps[:, 4]
+        return self.stride * chosen
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         logits, cam = self.network(batch.images)

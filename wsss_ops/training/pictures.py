@@ -110,6 +110,44 @@ def save_panels(path: str | os.PathLike[str], rows: Sequence[Row], classes: Sequ
     write_atomic(Path(path), lambda file: sheet.save(file, "PNG"))
 
 
+def save_displacements(path: str | os.PathLike[str], pictures: Sequence[tuple[Array, Array, str]]) -> None:
+    """Saves a PNG of photographs with a line from each cell to the point where a sampler looks instead.
+
+    pictures: image uint8 [3, H, W]; displacements float [2, h, w] in pixels, y before x, for cells that are spread
+    evenly, the first and last on the image's edges; and a title. Raises ValueError for other shapes.
+    """
+    drawn = []
+    for number, (image, field, title) in enumerate(pictures):
+        try:
+            photo = _checked("image", image, np.uint8, (3, None, None)).transpose(1, 2, 0)
+            shifts = _checked("displacements", field, np.floating, (2, None, None))
+        except ValueError as error:
+            raise ValueError(f"pictures[{number}] ({title}): {error}") from error
+        factor = max(1, 2 * _ENLARGED_TO // max(photo.shape[:2]))
+        picture = Image.fromarray(photo // 2 + 96).resize((photo.shape[1] * factor, photo.shape[0] * factor))
+        draw = ImageDraw.Draw(picture)
+        rows, columns = (
+            np.linspace(0, side - 1, cells) * factor
+            for side, cells in zip(photo.shape[:2], shifts.shape[1:], strict=True)
+        )
+        for i, y in enumerate(rows):
+            for j, x in enumerate(columns):
+                end_y, end_x = y + factor * float(shifts[0, i, j]), x + factor * float(shifts[1, i, j])
+                draw.line((x, y, end_x, end_y), (200, 20, 40), 2)
+                draw.ellipse((x - 2, y - 2, x + 2, y + 2), (20, 30, 60))
+        drawn.append((picture, title))
+    width = max(picture.width for picture, _ in drawn) + 2 * GAP
+    height = sum(picture.height + _LINE + GAP for picture, _ in drawn) + GAP
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    top = GAP
+    for picture, title in drawn:
+        text = ImageDraw.Draw(sheet)
+        text.text((GAP, top + 2), _shortened(title, width - 2 * GAP), _MUTED, _font())
+        sheet.paste(picture, (GAP, top + _LINE))
+        top += picture.height + _LINE + GAP
+    write_atomic(Path(path), lambda file: sheet.save(file, "PNG"))
+
+
 def has_matplotlib() -> bool:
     """Whether `save_curve` can draw."""
     return importlib.util.find_spec("matplotlib") is not None

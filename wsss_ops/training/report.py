@@ -4,17 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from wsss_ops.info import environment
 from wsss_ops.training import checkpoints
+from wsss_ops.training.batches import normalize
 from wsss_ops.training.data import Dataset
 from wsss_ops.training.evaluation import evaluate, stage_table, summarise_stages, table
 from wsss_ops.training.inference import stream_cams
-from wsss_ops.training.pictures import Row, has_matplotlib, save_curve, save_panels
+from wsss_ops.training.pictures import Row, has_matplotlib, save_curve, save_displacements, save_panels
 from wsss_ops.training.processes import Processes
 from wsss_ops.training.system import System
 
-CURVE, PANELS = "curve.png", "panels.png"
+CURVE, PANELS, DISPLACEMENTS = "curve.png", "panels.png", "displacements.png"
 
 
 def can_draw_curves(processes: Processes) -> bool:
@@ -39,6 +42,7 @@ def evaluate_and_report(
     if processes.is_main:
         print(table(result) + stage_table(result))
         out.mkdir(parents=True, exist_ok=True)
+        further: list[str] = []
         if curve:
             figures = result["validation"]["curve"]
             lines = {name: [float("nan") if v is None else v for v in values] for name, values in figures.items()}
@@ -46,9 +50,12 @@ def evaluate_and_report(
         if panels > 0:
             rows = panel_rows(system, validation, panels, scales, result["threshold"], processes)
             save_panels(out / PANELS, rows, validation.classes)
+            if arrows := displacement_pictures(system, validation, panels, processes):
+                save_displacements(out / DISPLACEMENTS, arrows)
+                further.append(DISPLACEMENTS)
         # Last, because its presence says that the run is finished.
         checkpoints.write_json(out / checkpoints.METRICS, result)
-        written = [checkpoints.METRICS, *[CURVE] * curve, *[PANELS] * (panels > 0)]
+        written = [checkpoints.METRICS, *[CURVE] * curve, *[PANELS] * (panels > 0), *further]
         print(f"written to {out}: {', '.join(written)}")
     processes.wait()
     return result
@@ -57,11 +64,33 @@ def evaluate_and_report(
 def panel_rows(system: System, dataset: Dataset, count: int, scales: tuple[float, ...], threshold: float,
                processes: Processes) -> list[Row]:  # fmt: skip
     """Photo, annotation, CAM and prediction of count images evenly spread over the data set."""
-    indices = [round((k + 0.5) * len(dataset) / count - 0.5) for k in range(min(count, len(dataset)))]
     rows = []
-    for sample, cams in stream_cams(system, dataset, indices, scales, processes.device):
+    for sample, cams in stream_cams(system, dataset, _spread(dataset, count), scales, processes.device):
         scores = torch.cat([torch.full_like(cams[:1], threshold), cams]).cpu()
         names = [dataset.classes[int(index) + 1] for index in sample.tags.nonzero()]
         title = f"{sample.name}: {', '.join(names)}"
         rows.append(Row(sample.image, sample.mask, scores[1:], scores.argmax(0).byte(), title))
     return rows
+
+
+@torch.no_grad()
+def displacement_pictures(
+    system: System, dataset: Dataset, count: int, processes: Processes
+) -> list[tuple[Tensor, Tensor, str]]:
+    """Photo, displacements at scale 1 and title of the images that `panel_rows` shows; none without a sampler."""
+    system.network.eval()
+    pictures = []
+    for index in _spread(dataset, count):
+        sample = dataset[index]
+        side = [system.stride * max(1, round((length - 1) / system.stride)) + 1 for length in sample.image.shape[1:]]
+        image = F.interpolate(normalize(sample.image[None]), side, mode="bilinear", align_corners=True)
+        field = system.displacements(image.to(processes.device))
+        if field is None:
+            return []
+        pictures.append((sample.image, field[0].float().cpu(), sample.name))
+    return pictures
+
+
+def _spread(dataset: Dataset, count: int) -> list[int]:
+    """Indices of count images evenly spread over the data set."""
+    return [round((k + 0.5) * len(dataset) / count - 0.5) for k in range(min(count, len(dataset)))]

@@ -51,6 +51,10 @@ class System(ABC):
     def cam(self, images: Tensor) -> Tensor:
         """images [N, 3, H, W] normalised, H and W of stride * k + 1 pixels -> scores [N, C-1, h, w] before relu."""
 
+    def displacements(self, images: Tensor) -> Tensor | None:
+        """For pictures: where a sampler looks, from each CAM cell, in pixels (y, x): [N, 2, h, w]; None without one."""
+        return None
+
     @property
     @abstractmethod
     def stride(self) -> int:

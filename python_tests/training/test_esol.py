@@ -1,0 +1,203 @@
+"""ESOL: what learns in each stage and in which direction, fused against reference, resumption."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from training.voc_folder import make_voc
+
+import wsss_ops
+from wsss_ops import reference
+from wsss_ops.training import checkpoints
+from wsss_ops.training.batches import Batch
+from wsss_ops.training.comparison import compare
+from wsss_ops.training.esol import CAM, EXPANSION, SHRINKAGE, EsolSettings, EsolSystem, area_loss
+from wsss_ops.training.processes import Processes
+
+SMALL = {"backbone": "tiny", "size": 32, "batch_size": 4}
+
+
+def make(ops=wsss_ops, **settings):
+    torch.manual_seed(0)
+    return EsolSystem(EsolSettings(**SMALL, **settings), 3, ops)
+
+
+def batch():
+    torch.manual_seed(1)
+    images = torch.randn(4, 3, 33, 33)
+    tags = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
+    return Batch(images, tags, torch.ones(4, 33, 33, dtype=torch.bool), torch.arange(4))
+
+
+def learn_offsets(sampler, scale=0.05):
+    """The branch as it might be after some steps: away from zero, where a layer has no gradient behind it."""
+    for parameter in sampler.offset_branch.parameters():
+        nn.init.normal_(parameter, std=scale)
+
+
+def gradients(system, stage):
+    groups = system.enter(stage)
+    system.network.train()
+    system.network.zero_grad(set_to_none=True)
+    loss, _ = system.loss(batch())
+    loss.backward()
+    named = system.network.named_parameters()
+    return groups, {name: p.grad for name, p in named if p.grad is not None}
+
+
+LEARNS = {
+    CAM: ("backbone.", "sampler.", "classifier."),
+    EXPANSION: ("expansion.offset_branch.", "classifier."),
+    SHRINKAGE: ("shrinkage.offset_branch.", "classifier."),
+}
+
+
+@pytest.mark.parametrize("stage", LEARNS)
+@pytest.mark.parametrize("classifier_lr", [0.0, 1e-4])
+def test_gradients_reach_what_a_stage_trains_and_nothing_else(stage, classifier_lr):
+    system = make(classifier_lr=classifier_lr)
+    learn_offsets(system.network.expansion)
+    groups, found = gradients(system, stage)
+    prefixes = LEARNS[stage] if stage == CAM or classifier_lr > 0 else LEARNS[stage][:1]
+    expected = {name for name, _ in system.network.named_parameters() if name.startswith(prefixes)}
+    assert set(found) == expected
+    trained = {id(p) for group in groups for p in group["params"]}
+    assert trained == {id(p) for name, p in system.network.named_parameters() if name in expected}
+    assert all(gradient.abs().sum() > 0 for gradient in found.values())
+
+
+def test_offsets_climb_the_loss_that_the_classifier_descends():
+    system = make(alpha=0.5, classifier_lr=1e-3)
+    learn_offsets(system.network.expansion)
+    _, found = gradients(system, EXPANSION)
+    network, given = system.network, batch()
+    network.zero_grad(set_to_none=True)
+    features = network.backbone(given.images).detach()
+    cam = network.classifier(wsss_ops.clip_features(network.expansion(features).relu(), system.settings.beta))
+    F.binary_cross_entropy_with_logits(cam.mean((2, 3)), given.tags).backward()
+    for name, parameter in network.named_parameters():
+        if name.startswith("expansion.offset_branch."):
+            assert torch.allclose(found[name], -0.5 * parameter.grad, rtol=1e-4, atol=1e-9)
+    assert torch.allclose(found["classifier.weight"], network.classifier.weight.grad, rtol=1e-4, atol=1e-9)
+
+
+def test_stages_start_where_the_one_before_ended():
+    """Zero offsets and no clipping leave the CAM as it was."""
+    system = make(beta=1.0)
+    images = batch().images
+    maps = []
+    for stage in (CAM, EXPANSION, SHRINKAGE):
+        system.enter(stage)
+        system.network.eval()
+        with torch.no_grad():
+            maps.append(system.cam(images))
+    for later in maps[1:]:
+        assert torch.allclose(later, maps[0], rtol=1e-4, atol=1e-6)
+
+
+def test_frozen_parts_keep_their_statistics():
+    system = make()
+    system.enter(EXPANSION)
+    system.network.train()
+    before = {name: value.clone() for name, value in system.network.backbone.named_buffers()}
+    assert before  # the tiny backbone has BatchNorm
+    system.loss(batch())
+    assert all(torch.equal(before[name], value) for name, value in system.network.backbone.named_buffers())
+
+
+def test_area_is_that_of_the_present_classes_normalised_maps():
+    cam = torch.zeros(2, 2, 2, 2)
+    cam[0, 0] = torch.tensor([[4.0, 2.0], [-8.0, 0.0]])  # 1, 1/2, 0, 0
+    cam[0, 1] = 5.0
+    cam[1, 1] = torch.tensor([[3.0, 3.0], [3.0, 0.0]])
+    tags = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    assert float(area_loss(cam, tags)) == pytest.approx((0.375 + 0.75) / 2, abs=1e-4)
+    assert float(area_loss(cam, torch.zeros(2, 2))) == 0
+
+
+def test_fused_and_reference_agree():
+    table = compare({"reference": make(reference), "fused": make(wsss_ops)}, [batch()] * 3, Processes())
+    apart = [line for line in table.splitlines() if "largest difference" in line]
+    assert [line.split()[0] for line in apart] == ["cam", "expansion", "shrinkage"]
+    for line in apart:
+        losses, parameters = float(line.split("losses ")[1].split(",")[0]), float(line.split()[-1])
+        assert losses < 1e-5
+        assert parameters < 1e-4
+
+
+def test_the_model_file_knows_its_stage():
+    system = make()
+    system.enter(SHRINKAGE)
+    other = make()
+    other.network.load_state_dict(system.network.state_dict())
+    assert other.network.stage == SHRINKAGE
+    assert other.displacements(batch().images).shape == (4, 2, 5, 5)
+    other.enter(CAM)
+    assert other.displacements(batch().images) is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [({"beta": 0.0}, "beta must be above 0, got 0.0"), ({"area": -1.0}, "area must not be negative, got -1.0")],
+)
+def test_bad_settings(setting, message):
+    with pytest.raises(ValueError, match=message):
+        EsolSettings(**SMALL, **setting)
+
+
+RUNNER = """
+import argparse, sys
+from wsss_ops.training import train
+parser = argparse.ArgumentParser()
+train.add_arguments(parser)
+sys.exit(train.main(parser.parse_args(sys.argv[1:])))
+"""
+KILLED = """
+import os, signal
+from wsss_ops.training import checkpoints
+save = checkpoints.save
+def save_or_die(path, content):
+    save(path, content)
+    if content.get("position") == (1, 0, 2):
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoints.save = save_or_die
+"""
+
+
+def test_a_run_killed_in_the_expansion_ends_as_an_unbroken_one(tmp_path):
+    voc = make_voc(tmp_path / "voc")
+
+    def command(out, prelude=""):
+        settings = "--backbone tiny --size 32 --batch-size 4 --epochs 1 --expansion-epochs 1 --shrinkage-epochs 1"
+        further = "--workers 0 --device cpu --panels 2 --save-every 0"
+        options = ["esol", "--data", str(voc), "--out", str(out), *settings.split(), *further.split()]
+        return [sys.executable, "-c", prelude + RUNNER, *options]
+
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
+
+    def run(out, prelude=""):
+        return subprocess.run(command(out, prelude), env=environment, capture_output=True, text=True, check=False)
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = run(whole)
+    assert done.returncode == 0, done.stderr
+    assert run(broken, KILLED).returncode == -signal.SIGKILL
+    again = run(broken)
+    assert again.returncode == 0, again.stderr
+    assert "resuming at expansion, epoch 1, step 3" in again.stdout
+    found = [json.loads((out / "metrics.json").read_text())["stages"] for out in (whole, broken)]
+    assert found[0] == found[1]
+    assert list(found[0]) == ["cam", "expansion", "shrinkage"]
+    models = [checkpoints.load(out / "model.pt")["network"] for out in (whole, broken)]
+    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0] if torch.is_tensor(models[0][key]))
+    for folder in (whole, whole / "cam", whole / "expansion"):
+        names = {file.name for file in folder.iterdir()}
+        assert {"metrics.json", "curve.png", "panels.png"} <= names
+        assert ("displacements.png" in names) == (folder != whole / "cam")
