@@ -69,10 +69,10 @@ class Processes:
     def share_state(self, module: nn.Module) -> None:
         """Gives every process the main process's parameters and buffers."""
         if self.count > 1:
-            for value in module.state_dict().values():
-                shared = value.contiguous()
+            for value in (*module.parameters(), *module.buffers()):
+                shared = value.detach().contiguous()
                 distributed.broadcast(shared, 0)
-                value.copy_(shared)
+                value.detach().copy_(shared)
 
     def wait(self) -> None:
         """Waits for all processes."""
