@@ -25,16 +25,16 @@ CAM, EXPANSION, SHRINKAGE = range(3)
 class EsolSettings(Settings):
     """Settings of ESOL: those of the CAM stage, and of the two samplers."""
 
-    expansion_epochs: int = option(int, 4, "passes over the training images in the expansion stage")
-    shrinkage_epochs: int = option(int, 4, "passes over the training images in the shrinkage stage")
-    expansion_lr: float = option(float, 1e-3, "learning rate of the expansion's offsets")
-    shrinkage_lr: float = option(float, 1e-3, "learning rate of the shrinkage's offsets")
+    expansion_epochs: int = option(int, 2, "passes over the training images in the expansion stage")
+    shrinkage_epochs: int = option(int, 2, "passes over the training images in the shrinkage stage")
+    expansion_lr: float = option(float, 2e-5, "learning rate of the expansion's offsets")
+    shrinkage_lr: float = option(float, 2e-5, "learning rate of the shrinkage's offsets")
     classifier_lr: float = option(float, 1e-4, "learning rate of the classifier behind a sampler; 0: it stays fixed")
-    expansion_offset: float = option(float, 2.0, "bound of the expansion's offsets, in cells of the map")
+    expansion_offset: float = option(float, 4.0, "bound of the expansion's offsets, in cells of the map")
     shrinkage_offset: float = option(float, 2.0, "bound of the shrinkage's offsets, in cells of the map")
     alpha: float = option(float, 1.0, "weight of the inverse supervision, -alpha times the classification loss")
     beta: float = option(float, 0.3, "feature clipping: limit as a share of the image's largest feature")
-    area: float = option(float, 1.0, "weight of the area loss in the shrinkage stage (the paper's lambda)")
+    area: float = option(float, 0.1, "weight of the area loss in the shrinkage stage (the paper's lambda)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
