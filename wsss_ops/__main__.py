@@ -13,7 +13,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     info_parser = commands.add_parser("info", help="what is installed, what is missing and how to get it")
-    demo_parser = commands.add_parser("demo", help="check, measure and train on generated scenes, in three minutes")
+    demo_parser = commands.add_parser("demo", help="check, measure and train on generated scenes, in a few minutes")
     train_parser = commands.add_parser("train", help="train a system on photographs or generated scenes")
     evaluate_parser = commands.add_parser("evaluate", help="IoU, precision and recall of a trained system")
     bench_parser = commands.add_parser("bench", help="time the operators against their references and floors")
