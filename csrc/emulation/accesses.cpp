@@ -151,8 +151,11 @@ void check(const void* memory, size_t size, bool write, const void* code) {
         if (!where->holds(address)) continue;
         shared = true;
         if (!mark_or_check(*where, address, size, write)) {
-            fail("reads shared memory that no thread of its block has written (yet: is a __syncthreads missing, or an "
-                 "index too large?)", source_line(code));
+            fail(
+                "reads shared memory that no thread of its block has written (yet: is a __syncthreads "
+                "missing, or an "
+                "index too large?)",
+                source_line(code));
         }
     }
     const unsigned clock = clocks[running.thread][running.thread % warpSize];
