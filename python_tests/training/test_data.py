@@ -162,7 +162,7 @@ def test_processes_read_a_zip_at_the_same_time(voc, tmp_path):
         readers = [context.Process(target=_digest, args=(data, 0, results)) for _ in range(count)]
         for reader in readers:
             reader.start()
-        sums = {results.get(timeout=60) for _ in readers}
+        sums = {results.get(timeout=300) for _ in readers}
         for reader in readers:
             reader.join()
         assert sums == {sum(int(data[index % len(data)].image.sum()) for index in range(40))}
