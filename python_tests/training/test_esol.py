@@ -1,5 +1,6 @@
 """ESOL: what learns in each stage and in which direction, fused against reference, resumption."""
 
+import argparse
 import json
 import os
 import signal
@@ -15,9 +16,10 @@ from training.voc_folder import make_voc
 
 import wsss_ops
 from wsss_ops import reference
-from wsss_ops.training import checkpoints
+from wsss_ops.training import checkpoints, train
 from wsss_ops.training.batches import Batch
 from wsss_ops.training.comparison import compare
+from wsss_ops.training.data import open_dataset
 from wsss_ops.training.esol import CAM, EXPANSION, SHRINKAGE, EsolSettings, EsolSystem, area_loss
 from wsss_ops.training.processes import Processes
 
@@ -161,7 +163,7 @@ sys.exit(train.main(parser.parse_args(sys.argv[1:])))
 """
 KILLED = """
 import os, signal
-from wsss_ops.training import checkpoints
+from wsss_ops.training import checkpoints, train
 save = checkpoints.save
 def save_or_die(path, content):
     save(path, content)
@@ -169,6 +171,54 @@ def save_or_die(path, content):
         os.kill(os.getpid(), signal.SIGKILL)
 checkpoints.save = save_or_die
 """
+
+
+def train_here(*options):
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    return train.main(parser.parse_args([str(option) for option in options]))
+
+
+def test_a_run_can_start_from_a_finished_cam_run(tmp_path, capsys):
+    voc = make_voc(tmp_path / "voc")
+    common = ["--data", voc, "--backbone", "tiny", "--size", 32, "--batch-size", 4, "--workers", 0, "--device", "cpu"]
+    assert train_here("cam", *common, "--epochs", 1, "--out", tmp_path / "cam", "--panels", 0) == 0
+    short = ["--expansion-epochs", 1, "--shrinkage-epochs", 1, "--panels", 0]
+    capsys.readouterr()
+    assert train_here("esol", *common, *short, "--start", tmp_path / "cam", "--out", tmp_path / "esol") == 0
+    assert "starting with expansion" in capsys.readouterr().out
+    cam = checkpoints.load(tmp_path / "cam/model.pt")["network"]
+    first = checkpoints.load(tmp_path / "esol/cam.pt")["network"]
+    assert all(torch.equal(first[name], value) for name, value in cam.items())
+    figures = [json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("cam", "esol")]
+    assert figures[1]["stages"]["cam"]["mIoU"] == figures[0]["validation"]["mIoU"]
+    assert not (tmp_path / "esol/cam").exists()  # evaluated once, by the first run
+    assert train_here("esol", *common, *short, "--scales", 2, "--start", tmp_path / "cam", "--out", tmp_path / "2") == 0
+    assert (tmp_path / "2/cam/metrics.json").exists()  # at another scale
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--start", "{tmp}/none"], "start: {tmp}/none does not exist; a cam run writes it"),
+        (["--start", "{tmp}/esol.pt"], "start: {tmp}/esol.pt is no model of a cam run, it is one of 'esol'"),
+        (["--start", "{tmp}/cam.pt"], "start: {tmp}/cam.pt knows the classes background, ox; the data have others"),
+        (["--start", "{tmp}/deep.pt"], "start: {tmp}/deep.pt has backbone 'resnet18', this run 'tiny'"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_an_error(tmp_path, capsys, options, message):
+    voc = make_voc(tmp_path / "voc")
+    classes = open_dataset(str(voc), "train").classes
+    settings = {"backbone": "tiny", "output_stride": 8}
+    made = {"system": "cam", "classes": classes, "settings": settings, "network": {}}
+    checkpoints.save(tmp_path / "esol.pt", made | {"system": "esol"})
+    checkpoints.save(tmp_path / "cam.pt", made | {"classes": ("background", "ox")})
+    checkpoints.save(tmp_path / "deep.pt", made | {"settings": {"backbone": "resnet18", "output_stride": 8}})
+    options = [option.format(tmp=tmp_path) for option in options]
+    common = ["--data", voc, "--backbone", "tiny", "--size", 32, "--batch-size", 4, "--workers", 0, "--device", "cpu"]
+    assert train_here("esol", *common, *options, "--out", tmp_path / "out") == 2
+    assert message.format(tmp=tmp_path) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_killed_in_the_expansion_ends_as_an_unbroken_one(tmp_path):

@@ -1,15 +1,28 @@
 """The CAM classifier: the baseline, and stage 0 of the systems built on it."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wsss_ops.training import checkpoints
 from wsss_ops.training.backbones import Backbone, build_backbone
 from wsss_ops.training.batches import Batch
-from wsss_ops.training.settings import Settings
+from wsss_ops.training.settings import Settings, option
 from wsss_ops.training.system import Stage, System
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingsAfterCam(Settings):
+    """Settings of the systems whose first stage is the CAM."""
+
+    start: str | None = option(
+        str, None, "finished cam run, or its model.pt, to take the stage cam from; default: it is trained"
+    )
 
 
 class CamNetwork(nn.Module):
@@ -68,3 +81,26 @@ class CamSystem(System):
     @property
     def stride(self) -> int:
         return self.network.backbone.stride
+
+
+def read_start(settings: SettingsAfterCam, classes: Sequence[str]) -> dict[str, Tensor]:
+    """The network of the finished CAM run that settings.start names.
+
+    Raises ValueError where there is none, and where its classes, backbone or output stride are not those asked for.
+    """
+    assert settings.start is not None
+    path = Path(settings.start)
+    file = path / checkpoints.MODEL if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"start: {file} does not exist; a cam run writes it when its training is finished")
+    content = checkpoints.load(file)
+    if content.get("system") != "cam":
+        raise ValueError(f"start: {file} is no model of a cam run, it is one of {content.get('system')!r}")
+    if tuple(content["classes"]) != tuple(classes):
+        raise ValueError(f"start: {file} knows the classes {', '.join(content['classes'])}; the data have others")
+    for name in ("backbone", "output_stride"):
+        there, here = content["settings"][name], getattr(settings, name)
+        if there != here:
+            raise ValueError(f"start: {file} has {name} {there!r}, this run {here!r}")
+    network: dict[str, Tensor] = content["network"]
+    return network

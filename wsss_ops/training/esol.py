@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from wsss_ops.training.backbones import Backbone
 from wsss_ops.training.batches import Batch
-from wsss_ops.training.cam import CamNetwork, CamSystem
+from wsss_ops.training.cam import CamNetwork, CamSystem, SettingsAfterCam
 from wsss_ops.training.settings import Settings, option
 from wsss_ops.training.system import Stage
 
@@ -22,7 +22,7 @@ CAM, EXPANSION, SHRINKAGE = range(3)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EsolSettings(Settings):
+class EsolSettings(SettingsAfterCam):
     """Settings of ESOL: those of the CAM stage, and of the two samplers."""
 
     expansion_epochs: int = option(int, 2, "passes over the training images in the expansion stage")

@@ -71,13 +71,14 @@ class Training:
 
     save_every: seconds between checkpoints within an epoch; one is written at the end of every epoch besides.
     about: what model files hold beside the network. model.pt is that of the last finished stage; where there are
-    several stages, each leaves a file of its name too.
+    several stages, each leaves a file of its name too. start: the network's state after the first stage, trained
+    elsewhere; what the first stage lacks keeps its initial value.
     """
 
-    def __init__(self, system: System, batches: TrainingBatches, processes: Processes, out: Path, *,
-                 save_every: float, about: dict[str, Any]) -> None:  # fmt: skip
+    def __init__(self, system: System, batches: TrainingBatches, processes: Processes, out: Path, *, save_every: float,
+                 about: dict[str, Any], start: dict[str, Tensor] | None = None) -> None:  # fmt: skip
         self.system, self.batches, self.processes, self.out = system, batches, processes, out
-        self.save_every, self.about = save_every, about
+        self.save_every, self.about, self.start = save_every, about, start
         self.checkpoint = out / checkpoints.CHECKPOINT
         self.stages = system.stages()
         self._began = time.monotonic()
@@ -99,8 +100,13 @@ class Training:
             position = f"{self.stages[start.stage].name}, epoch {start.epoch + 1}, step {start.step + 1}"
             self.processes.print(f"resuming at {position}")
         else:
+            if self.start is not None:
+                network.load_state_dict(self.start, strict=False)
+                self._save_model(self.stages[0].name)
+                start = Position(1, 0, 0)
             self.processes.print(
-                f"starting, {self.batches.steps} steps an epoch; a first checkpoint after {self.save_every:.0f} s"
+                f"starting with {self.stages[start.stage].name}, {self.batches.steps} steps an epoch; a first "
+                f"checkpoint after {self.save_every:.0f} s"
             )
         self.processes.share_state(network)
         channels_last(network)

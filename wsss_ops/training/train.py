@@ -12,7 +12,7 @@ from typing import Any
 
 from wsss_ops.training import checkpoints
 from wsss_ops.training.batches import TrainingBatches
-from wsss_ops.training.cam import CamSystem
+from wsss_ops.training.cam import CamSystem, SettingsAfterCam, read_start
 from wsss_ops.training.comparison import compare
 from wsss_ops.training.data import Dataset, fingerprint, open_dataset
 from wsss_ops.training.esol import EsolSystem
@@ -81,7 +81,7 @@ def run(
     record = dataclasses.asdict(settings) | {
         "system": name,
         "ops": "reference" if ops == "reference" else "fused",
-        "data": settings.data and str(Path(settings.data).resolve()),
+        **{name: str(Path(path).resolve()) for name, path in _paths(settings) if path},
         "training_images": fingerprint(data["train"]),
     }
     batches = TrainingBatches(
@@ -95,6 +95,7 @@ def run(
         return result
     curve = evaluation and can_draw_curves(processes)
     classes = data["train"].classes
+    start = read_start(settings, classes) if isinstance(settings, SettingsAfterCam) and settings.start else None
     system = _build(name, settings, len(classes), ops)
     if processes.is_main:
         checkpoints.claim(out, record)
@@ -104,7 +105,7 @@ def run(
         pair = {kind: _build(name, settings, len(classes), kind) for kind in ("reference", "fused")}
         processes.print(compare(pair, steps, processes))
     about = {"system": name, "settings": dataclasses.asdict(settings), "classes": classes}
-    training = Training(system, batches, processes, out, save_every=save_every, about=about)
+    training = Training(system, batches, processes, out, save_every=save_every, about=about, start=start)
     training.run()
     processes.print(f"trained in {training.seconds:.0f} s; model in {out / checkpoints.MODEL}")
     if not evaluation:
@@ -120,10 +121,15 @@ def _evaluate_stages(
     training: Training, data: dict[str, Dataset], panels: int, curve: bool, details: dict[str, Any]
 ) -> dict[str, Any]:
     """Evaluates each stage's model in a folder of its own, the last one's in the run folder; returns what
-    metrics.json there holds. Stages that have been evaluated before a kill are not evaluated again."""
+    metrics.json there holds. Stages that have been evaluated, before a kill or by the run that this one started from,
+    are not evaluated again."""
     system, processes, out = training.system, training.processes, training.out
     found: dict[str, dict[str, Any]] = {}
-    for stage in training.stages[:-1]:
+    for index, stage in enumerate(training.stages[:-1]):
+        if index == 0 and training.start is not None and (given := _start_figures(system.settings, details["run"])):
+            processes.print(f"stage {stage.name}: figures of {system.settings.start}")
+            found[stage.name] = given
+            continue
         folder = out / stage.name
         if (folder / checkpoints.METRICS).exists():
             found[stage.name] = checkpoints.read_json(folder / checkpoints.METRICS)
@@ -141,6 +147,21 @@ def _evaluate_stages(
         system, data["dev"], data["val"], system.settings.scales, processes, out, panels=panels, curve=curve,
         details=details, earlier=found,
     )  # fmt: skip
+
+
+def _paths(settings: Settings) -> list[tuple[str, str | None]]:
+    return [(name, getattr(settings, name, None)) for name in ("data", "start")]
+
+
+def _start_figures(settings: SettingsAfterCam, run: dict[str, Any]) -> dict[str, Any] | None:
+    """metrics.json of the run that this one started from, if that measured the same images at the same scales."""
+    assert settings.start is not None
+    path = Path(settings.start) / checkpoints.METRICS
+    if not path.exists():
+        return None
+    result: dict[str, Any] = checkpoints.read_json(path)
+    there = [result["run"]["data"], result["run"]["training_images"], result["scales"]]
+    return result if there == [run["data"], run["training_images"], list(settings.scales)] else None
 
 
 def _build(name: str, settings: Settings, num_classes: int, ops: str) -> System:
