@@ -54,6 +54,7 @@ def gradients(system, stage):
     return groups, {name: p.grad for name, p in named if p.grad is not None}
 
 
+AT = pytest.mark.parametrize("at", ["features", "maps"])
 LEARNS = {
     CAM: ("backbone.", "sampler.", "classifier."),
     EXPANSION: ("expansion.offset_branch.", "classifier."),
@@ -63,8 +64,9 @@ LEARNS = {
 
 @pytest.mark.parametrize("stage", LEARNS)
 @pytest.mark.parametrize("classifier_lr", [0.0, 1e-4])
-def test_gradients_reach_what_a_stage_trains_and_nothing_else(stage, classifier_lr):
-    system = make(classifier_lr=classifier_lr)
+@AT
+def test_gradients_reach_what_a_stage_trains_and_nothing_else(stage, classifier_lr, at):
+    system = make(classifier_lr=classifier_lr, expansion_at=at)
     learn_offsets(system.network.expansion)
     groups, found = gradients(system, stage)
     prefixes = LEARNS[stage] if stage == CAM or classifier_lr > 0 else LEARNS[stage][:1]
@@ -90,9 +92,10 @@ def test_offsets_climb_the_loss_that_the_classifier_descends():
     assert torch.allclose(found["classifier.weight"], network.classifier.weight.grad, rtol=1e-4, atol=1e-9)
 
 
-def test_stages_start_where_the_one_before_ended():
+@AT
+def test_stages_start_where_the_one_before_ended(at):
     """Zero offsets and no clipping leave the CAM as it was."""
-    system = make(beta=1.0)
+    system = make(beta=1.0, expansion_at=at)
     images = batch().images
     maps = []
     for stage in (CAM, EXPANSION, SHRINKAGE):
@@ -124,8 +127,10 @@ def test_area_is_that_of_the_present_classes_normalised_maps():
     assert float(area_loss(cam, torch.zeros(2, 2))) == 0
 
 
-def test_fused_and_reference_agree():
-    table = compare({"reference": make(reference), "fused": make(wsss_ops)}, [batch()] * 3, Processes())
+@AT
+def test_fused_and_reference_agree(at):
+    systems = {"reference": make(reference, expansion_at=at), "fused": make(wsss_ops, expansion_at=at)}
+    table = compare(systems, [batch()] * 3, Processes())
     apart = [line for line in table.splitlines() if "largest difference" in line]
     assert [line.split()[0] for line in apart] == ["cam", "expansion", "shrinkage"]
     for line in apart:

@@ -30,6 +30,10 @@ class EsolSettings(SettingsAfterCam):
     expansion_lr: float = option(float, 2e-5, "learning rate of the expansion's offsets")
     shrinkage_lr: float = option(float, 2e-5, "learning rate of the shrinkage's offsets")
     classifier_lr: float = option(float, 1e-4, "learning rate of the classifier behind a sampler; 0: it stays fixed")
+    expansion_at: str = option(
+        str, "features", "what the expansion samples: the backbone's features, with the weight of the 3x3 layer behind "
+        "them, or the maps of that layer, with the identity", choices=("features", "maps"),
+    )  # fmt: skip
     expansion_offset: float = option(float, 4.0, "bound of the expansion's offsets, in cells of the map")
     shrinkage_offset: float = option(float, 2.0, "bound of the shrinkage's offsets, in cells of the map")
     alpha: float = option(float, 1.0, "weight of the inverse supervision, -alpha times the classification loss")
@@ -50,18 +54,21 @@ class EsolSettings(SettingsAfterCam):
 class EsolNetwork(CamNetwork):
     """The CAM network with a sampler for each of the later stages; `stage` says which of them are in use.
 
-    The expansion samples the backbone's features with the weight of the CAM's 3x3 layer (`sampler`), the shrinkage its
-    result with the identity.
+    The expansion samples the backbone's features with the weight of the CAM's 3x3 layer (`sampler`), or that layer's
+    maps with the identity; the shrinkage its result with the identity.
     """
 
     def __init__(self, backbone: Backbone, num_classes: int, ops: ModuleType, settings: EsolSettings,
                  width: int = 256) -> None:  # fmt: skip
         super().__init__(backbone, num_classes, width)
         frozen = {"freeze_weight": True, "detach_input": True}
-        self.expansion = ops.DeformSampler(backbone.out_channels, width, max_offset=settings.expansion_offset, **frozen)
+        self.samples_maps = settings.expansion_at == "maps"
+        channels = width if self.samples_maps else backbone.out_channels
+        self.expansion = ops.DeformSampler(channels, width, max_offset=settings.expansion_offset, **frozen)
         self.shrinkage = ops.DeformSampler(width, width, max_offset=settings.shrinkage_offset, **frozen)
-        nn.init.dirac_(self.shrinkage.weight)
-        nn.init.zeros_(self.shrinkage.bias)
+        for identity in (self.expansion, self.shrinkage) if self.samples_maps else (self.shrinkage,):
+            nn.init.dirac_(identity.weight)
+            nn.init.zeros_(identity.bias)
         self.clip, self.alpha, self.beta = ops.clip_features, settings.alpha, settings.beta
         self.stage = CAM
 
@@ -80,15 +87,19 @@ class EsolNetwork(CamNetwork):
 
     def expand(self, images: Tensor) -> Tensor:
         """The clipped features of the expansion sampler; their gradient reaches its offsets reversed."""
-        with torch.no_grad():
-            features = self.backbone(images)
-        sampled: Tensor = _Reversed.apply(self.expansion(features), self.alpha)
+        sampled: Tensor = _Reversed.apply(self.expansion(self.source(images)), self.alpha)
         return cast(Tensor, self.clip(sampled.relu(), self.beta))
+
+    @torch.no_grad()
+    def source(self, images: Tensor) -> Tensor:
+        """What the expansion samples."""
+        features = self.backbone(images)
+        return cast(Tensor, self.sampler(features).relu()) if self.samples_maps else features
 
     def offsets(self, images: Tensor) -> Tensor:
         """Of the later stages' sampler, in cells of the map: [N, 18, h, w], for each tap y before x."""
         if self.stage == EXPANSION:
-            return cast(Tensor, self.expansion.offsets(self.backbone(images)))
+            return cast(Tensor, self.expansion.offsets(self.source(images)))
         return cast(Tensor, self.shrinkage.offsets(self.expand(images)))
 
     def train(self, mode: bool = True) -> "EsolNetwork":
@@ -146,7 +157,7 @@ class EsolSystem(CamSystem):
             for layer in (network.sampler, network.classifier):
                 layer.requires_grad_(True)
             return super().enter(stage)
-        if stage == EXPANSION:  # on resumption too: the 3x3 layer has not changed since
+        if stage == EXPANSION and not network.samples_maps:  # on resumption too: the 3x3 layer has not changed since
             network.expansion.load_state_dict(network.sampler.state_dict(), strict=False)
         sampler, lr = (
             (network.expansion, settings.expansion_lr)
@@ -164,8 +175,9 @@ class EsolSystem(CamSystem):
         if self.network.stage == CAM:
             return None
         taps = self.network.offsets(images).unflatten(1, (9, 2))
-        # The shrinkage's weight is the identity: its other taps sample for nothing.
-        chosen = taps.mean(1) if self.network.stage == EXPANSION else taps[:, 4]
+        # Of the identity only the middle tap has a weight: the others sample for nothing.
+        identity = self.network.stage == SHRINKAGE or self.network.samples_maps
+        chosen = taps[:, 4] if identity else taps.mean(1)
         return self.stride * chosen
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
