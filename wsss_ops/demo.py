@@ -40,7 +40,8 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"{name:14} largest difference: output {forward:.1e}, gradient {backward:.1e}")
 
     heading("3. Time and memory (wsss-ops bench has more rounds, and torch.compile'd references)")
-    results = runner.run(device, runner.OPERATORS, rounds=5, compiled=False)
+    operators = [op for op in runner.OPERATORS if op != "esol"]  # whole training steps take too long
+    results = runner.run(device, operators, rounds=5, compiled=False)
     print(report.table(results))
 
     heading("4. A CAM network, trained on generated scenes and evaluated")

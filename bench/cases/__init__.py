@@ -1,4 +1,4 @@
-"""The table of cases: what is measured for each operator, and what it competes with. One file per operator."""
+"""The table of cases, a file per operator or system: what is measured, and what it competes with."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 
 from ..measure import Function
-from . import deform, ocr, patch
+from . import deform, esol, ocr, patch
 from .case import Case
 
-CASES: list[Case] = [*deform.CASES, *ocr.CASES, *patch.CASES]
+CASES: list[Case] = [*deform.CASES, *esol.CASES, *ocr.CASES, *patch.CASES]
 # Per operator, calls on inputs too small to matter.
 OVERHEADS: dict[str, Callable[[torch.device], dict[str, Function]]] = {
     "deform_conv2d": deform.overhead,
