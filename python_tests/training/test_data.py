@@ -172,7 +172,7 @@ def test_augmentation_keeps_what_lies_outside_the_image_at_zero_and_invalid():
     image = torch.full((3, 20, 50), 200, dtype=torch.uint8)
     seen = set()
     for seed in range(30):
-        crop, valid = augment(image, 32, np.random.default_rng(seed))
+        crop, valid, _ = augment(image, torch.zeros_like(image[0]), 32, np.random.default_rng(seed))
         assert crop.shape == (3, 32, 32)
         assert crop.dtype == torch.float32
         assert (crop[:, ~valid] == 0).all()

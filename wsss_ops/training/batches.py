@@ -4,7 +4,7 @@ So a resumed run sees exactly what an unbroken one sees, whatever the number of 
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from wsss_ops.training.data import Dataset, Sample
+from wsss_ops.training.data import VOID, Dataset, Sample
 from wsss_ops.training.processes import Processes
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -27,10 +27,13 @@ class Batch(NamedTuple):
     tags: Tensor  # float32 [N, C-1]
     valid: Tensor  # bool [N, S, S], false on crop padding
     indices: Tensor  # int64 [N], into the data set
+    masks: Tensor | None = None  # uint8 [N, S, S], 255 for void and crop padding; None for systems that use none
 
     def to(self, device: torch.device) -> "Batch":
         images = self.images.to(device, memory_format=torch.channels_last, non_blocking=True)
-        return Batch(images, *(part.to(device, non_blocking=True) for part in self[1:]))
+        tags, valid, indices = (part.to(device, non_blocking=True) for part in self[1:4])
+        masks = None if self.masks is None else self.masks.to(device, non_blocking=True)
+        return Batch(images, tags, valid, indices, masks)
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -40,27 +43,32 @@ def normalize(images: Tensor) -> Tensor:
 
 
 def augment(
-    image: Tensor, size: int, generator: np.random.Generator, scale: tuple[float, float] = (0.7, 1.4)
-) -> tuple[Tensor, Tensor]:
-    """Random resize, crop with padding, flip and colour jitter of one image.
+    image: Tensor, mask: Tensor, size: int, generator: np.random.Generator, scale: tuple[float, float] = (0.7, 1.4)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random resize, crop with padding, flip and colour jitter of one image, and the same geometry for its mask.
 
-    image: uint8 [3, H, W]; its long side becomes size times a factor drawn log-uniformly from scale.
-    Returns float32 [3, size, size], normalised, zero on padding; and bool [size, size], false on padding.
+    image: uint8 [3, H, W]; its long side becomes size times a factor drawn log-uniformly from scale. mask: uint8
+    [H, W]. Returns float32 [3, size, size], normalised, zero on padding; bool [size, size], false on padding; and uint8
+    [size, size], the mask by nearest neighbours, 255 on padding.
     """
     factor = np.exp(generator.uniform(np.log(scale[0]), np.log(scale[1]))) * size / max(image.shape[1:])
     height, width = (max(1, round(side * factor)) for side in image.shape[1:])
     resized = F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
     picture = normalize(_jitter(resized.float(), generator))
+    labels = F.interpolate(mask[None, None], (height, width), mode="nearest-exact")[0, 0]
     if generator.random() < 0.5:
-        picture = picture.flip(-1)
+        picture, labels = picture.flip(-1), labels.flip(-1)
     top, left = (_offset(side - size, generator) for side in (height, width))
-    inner = picture[:, max(0, top) :, max(0, left) :][:, :size, :size]
+    seen = slice(max(0, top), max(0, top) + size), slice(max(0, left), max(0, left) + size)
+    inner = picture[:, seen[0], seen[1]]
     rows, columns = slice(max(0, -top), max(0, -top) + inner.shape[1]), slice(max(0, -left), None)
     columns = slice(columns.start, columns.start + inner.shape[2])
     crop, valid = torch.zeros(3, size, size), torch.zeros(size, size, dtype=torch.bool)
+    cut = torch.full((size, size), VOID, dtype=torch.uint8)
     crop[:, rows, columns] = inner
     valid[rows, columns] = True
-    return crop, valid
+    cut[rows, columns] = labels[seen]
+    return crop, valid, cut
 
 
 def _offset(excess: int, generator: np.random.Generator) -> int:
@@ -79,27 +87,30 @@ def _jitter(image: Tensor, generator: np.random.Generator, strength: float = 0.2
 class _Views(torch.utils.data.Dataset):
     """Augmented views, addressed by (epoch, index): a pure function, so that workers need no state."""
 
-    def __init__(self, dataset: Dataset, size: int, seed: int) -> None:
-        self.dataset, self.size, self.seed = dataset, size, seed
+    def __init__(self, dataset: Dataset, size: int, seed: int, masks: bool) -> None:
+        self.dataset, self.size, self.seed, self.masks = dataset, size, seed, masks
         self.kept: dict[int, Sample] = {}
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...]:
         sample = self.kept.get(key[1]) or self.dataset[key[1]]
         if sample.image.numel() * len(self.dataset) <= KEEP_BYTES:
             self.kept[key[1]] = sample
-        image, valid = augment(sample.image, self.size, np.random.default_rng((self.seed, *key)))
-        return image, sample.tags.float(), valid, key[1]
+        generator = np.random.default_rng((self.seed, *key))
+        image, valid, mask = augment(sample.image, sample.mask, self.size, generator)
+        parts = (image, sample.tags.float(), valid, key[1])
+        return (*parts, mask) if self.masks else parts
 
 
 class TrainingBatches:
     """The batches of a training run, epoch by epoch; an incomplete last batch is left out.
 
-    batch_size counts the images of all processes together. Raises ValueError where it cannot be divided among them or
+    batch_size counts the images of all processes together. masks: whether batches have the data set's masks; only
+    systems that train on pseudo-labels shall see any. Raises ValueError where it cannot be divided among them or
     exceeds the data set.
     """
 
     def __init__(self, dataset: Dataset, *, size: int, batch_size: int, seed: int, workers: int,
-                 processes: Processes) -> None:  # fmt: skip
+                 processes: Processes, masks: bool = False) -> None:  # fmt: skip
         if batch_size % processes.count or not 0 < batch_size <= len(dataset):
             raise ValueError(
                 f"batch_size must be a multiple of the {processes.count} processes, at least 1 and at most the "
@@ -109,7 +120,7 @@ class TrainingBatches:
         self.steps = self.images // batch_size
         self._keys: list[list[tuple[int, int]]] = []
         self._loader = DataLoader(
-            _Views(dataset, size, seed), batch_sampler=_Listed(self._keys), num_workers=workers,
+            _Views(dataset, size, seed, masks), batch_sampler=_Listed(self._keys), num_workers=workers,
             persistent_workers=workers > 0, pin_memory=processes.device.type == "cuda",
         )  # fmt: skip
 

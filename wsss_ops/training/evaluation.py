@@ -94,19 +94,23 @@ def evaluate(system: System, development: Dataset, validation: Dataset, scales: 
         if chosen is None:
             chosen = int(found["mIoU"].nan_to_num(-1).argmax())
             result["threshold"] = result["thresholds"][chosen]
-        per_class = {
-            label: {key: _plain(found[source][chosen, index]) for key, source in
-                    (("IoU", "iou"), ("precision", "class_precision"), ("recall", "class_recall"))}
-            for index, label in enumerate(dataset.classes)
-        }  # fmt: skip
         result[name] = {
             "images": len(dataset),
-            **{key: _plain(found[key][chosen]) for key in ("mIoU", "precision", "recall")},
+            **{key: plain(found[key][chosen]) for key in ("mIoU", "precision", "recall")},
             "report_classes": [dataset.classes[index] for index in dataset.report_classes],
-            "classes": per_class,
-            "curve": {key: [_plain(value) for value in found[key]] for key in ("mIoU", "precision", "recall")},
+            "classes": class_rows(found, chosen, dataset.classes),
+            "curve": {key: [plain(value) for value in found[key]] for key in ("mIoU", "precision", "recall")},
         }
     return result
+
+
+def class_rows(found: dict[str, Tensor], index: int, classes: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """Per class name the figures of `curves` at one of its thresholds, ready for JSON."""
+    sources = (("IoU", "iou"), ("precision", "class_precision"), ("recall", "class_recall"))
+    return {
+        label: {key: plain(found[source][index, number]) for key, source in sources}
+        for number, label in enumerate(classes)
+    }
 
 
 def table(result: dict[str, Any]) -> str:
@@ -121,11 +125,20 @@ def table(result: dict[str, Any]) -> str:
         mark = "" if name in reported else "  (not in the mean)"
         lines.append(f"{name:<16}{cells[0]:>8}{cells[1]:>11}{cells[2]:>8}{mark}")
     means = ["-" if figures[key] is None else f"{figures[key]:.4f}" for key in ("mIoU", "precision", "recall")]
-    lines += [
-        f"mIoU {means[0]} over {len(reported)} classes; foreground pixels: precision {means[1]}, recall {means[2]}",
-        f"{figures['images']} validation images, background threshold {result['threshold']:.2f} chosen on "
-        f"{result['development']['images']} development images (mIoU there {result['development']['mIoU'] or 0:.4f})",
-    ]
+    lines.append(
+        f"mIoU {means[0]} over {len(reported)} classes; foreground pixels: precision {means[1]}, recall {means[2]}"
+    )
+    there = f"{result['development']['images']} development images"
+    if "threshold" in result:
+        lines.append(
+            f"{figures['images']} validation images, background threshold {result['threshold']:.2f} chosen on {there} "
+            f"(mIoU there {result['development']['mIoU'] or 0:.4f})"
+        )
+    else:
+        rates = [f"{result[split]['oc_rate']:.2%}" for split in ("validation", "development")]
+        lines.append(
+            f"{figures['images']} validation images, {rates[0]} of their pixels out of candidate; on {there} {rates[1]}"
+        )
     return "\n".join(lines)
 
 
@@ -159,5 +172,6 @@ def stage_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _plain(value: Tensor) -> float | None:
+def plain(value: Tensor) -> float | None:
+    """A number ready for JSON, None for NaN."""
     return None if math.isnan(value) else round(float(value), 6)

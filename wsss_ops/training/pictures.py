@@ -26,6 +26,7 @@ _ENLARGED_TO, _REDUCED_TO = (
     256,
     384,
 )  # pictures are enlarged by whole factors up to, and reduced to, this side
+_OUTSIDE = (214, 30, 50)
 _HEAT = ((0.06, 0.05, 0.26), (0.16, 0.26, 0.78), (0.10, 0.72, 0.68), (0.99, 0.84, 0.20), (0.86, 0.10, 0.06))
 
 
@@ -83,31 +84,33 @@ def save_panels(path: str | os.PathLike[str], rows: Sequence[Row], classes: Sequ
         raise ValueError("rows must hold at least one row, got none")
     drawn = [_pictures(number, row) for number, row in enumerate(rows)]
     legend = _legend([np.asarray(part) for row in rows for part in (row.mask, row.prediction)], classes)
-    cell = max(max(picture.width for pictures in drawn for picture in pictures), 120)
-    width = GAP + len(COLUMNS) * (cell + GAP)
-    entries = _flow(legend, width)
-    top = GAP + _LINE
-    tops = []
-    for pictures in drawn:
-        tops.append(top)
-        top += _LINE + pictures[0].height + GAP
-    height = top + (entries[-1][1] + 1) * _LINE + GAP if entries else top
+    _save_sheet(path, COLUMNS, [row.title for row in rows], drawn, legend)
 
-    sheet = Image.new("RGB", (width, height), _PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for column, heading in enumerate(COLUMNS):
-        middle = GAP + column * (cell + GAP) + cell // 2
-        draw.text((middle, GAP), heading, _INK, _font(), anchor="ma")
-    for row, pictures, y in zip(rows, drawn, tops, strict=True):
-        draw.text((GAP, y + 2), _shortened(row.title, width - 2 * GAP), _MUTED, _font())
-        for column, picture in enumerate(pictures):
-            x = GAP + column * (cell + GAP) + (cell - picture.width) // 2
-            sheet.paste(picture, (x, y + _LINE))
-    for x, line, colour, name in entries:
-        y = top + line * _LINE
-        draw.rectangle((x, y, x + TEXT, y + TEXT), colour, _MUTED)
-        draw.text((x + TEXT + 6, y), name, _INK, _font())
-    write_atomic(Path(path), lambda file: sheet.save(file, "PNG"))
+
+class Outside(NamedTuple):
+    """What segmentation networks make of an image, and where that is none of the image's tags."""
+
+    image: Array  # uint8 [3, H, W]
+    mask: Array  # uint8 [H, W], 255 void
+    predictions: Sequence[tuple[Array, Array]]  # per network: uint8 [H, W], and bool [H, W], out of candidate
+    title: str
+
+
+def save_outside(
+    path: str | os.PathLike[str], rows: Sequence[Outside], networks: Sequence[str], classes: Sequence[str]
+) -> None:
+    """Saves a PNG with a row per image: photo, ground truth, and for each network its prediction and, red over the
+    photo, its out-of-candidate pixels.
+
+    networks names these, classes the classes. Raises ValueError naming the row for shapes and dtypes other than those
+    of `Outside`, and where there are no rows; then nothing is written.
+    """
+    if not rows:
+        raise ValueError("rows must hold at least one row, got none")
+    drawn = [_outside_pictures(number, row, len(networks)) for number, row in enumerate(rows)]
+    masks = [np.asarray(part) for row in rows for part in (row.mask, *(label for label, _ in row.predictions))]
+    headings = [text for name in networks for text in (name, f"{name}: OC pixels")]
+    _save_sheet(path, ("photo", "ground truth", *headings), [r.title for r in rows], drawn, _legend(masks, classes))
 
 
 def save_displacements(path: str | os.PathLike[str], pictures: Sequence[tuple[Array, Array, str]]) -> None:
@@ -198,6 +201,38 @@ def save_curve(
     write_atomic(Path(path), lambda file: figure.savefig(file, format="png"))
 
 
+def _save_sheet(
+    path: str | os.PathLike[str], headings: Sequence[str], titles: Sequence[str],
+    drawn: Sequence[Sequence[Image.Image]], legend: list[tuple[tuple[int, ...], str]],
+) -> None:  # fmt: skip
+    """Rows of pictures of equal size under headings, each row with its title, and the legend below."""
+    cell = max(*(picture.width for pictures in drawn for picture in pictures), 120)
+    width = GAP + len(headings) * (cell + GAP)
+    entries = _flow(legend, width)
+    top = GAP + _LINE
+    tops = []
+    for pictures in drawn:
+        tops.append(top)
+        top += _LINE + pictures[0].height + GAP
+    height = top + (entries[-1][1] + 1) * _LINE + GAP if entries else top
+
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column, heading in enumerate(headings):
+        middle = GAP + column * (cell + GAP) + cell // 2
+        draw.text((middle, GAP), _shortened(heading, cell), _INK, _font(), anchor="ma")
+    for title, pictures, y in zip(titles, drawn, tops, strict=True):
+        draw.text((GAP, y + 2), _shortened(title, width - 2 * GAP), _MUTED, _font())
+        for column, picture in enumerate(pictures):
+            x = GAP + column * (cell + GAP) + (cell - picture.width) // 2
+            sheet.paste(picture, (x, y + _LINE))
+    for x, line, colour, name in entries:
+        y = top + line * _LINE
+        draw.rectangle((x, y, x + TEXT, y + TEXT), colour, _MUTED)
+        draw.text((x + TEXT + 6, y), name, _INK, _font())
+    write_atomic(Path(path), lambda file: sheet.save(file, "PNG"))
+
+
 def _checked(name: str, array: Array, kind: type[np.generic], shape: tuple[int | None, ...]) -> NDArray[np.generic]:
     """The argument as an array. Raises ValueError unless its dtype and shape (None: any length) are these."""
     values = np.asarray(array)
@@ -226,11 +261,35 @@ def _pictures(number: int, row: Row) -> list[Image.Image]:
         ]
     except ValueError as error:
         raise ValueError(f"rows[{number}] ({row.title}): {error}") from error
+    smooth, sharp = Image.Resampling.BICUBIC, Image.Resampling.NEAREST
+    return _enlarged(pictures, (smooth, sharp, smooth, sharp))
+
+
+def _outside_pictures(number: int, row: Outside, networks: int) -> list[Image.Image]:
+    """The pictures of a row, of equal size."""
+    try:
+        if len(row.predictions) != networks:
+            raise ValueError(f"predictions must be {networks}, one for each network, got {len(row.predictions)}")
+        photo = _checked("image", row.image, np.uint8, (3, None, None))
+        shape = photo.shape[1:]
+        pictures = [photo.transpose(1, 2, 0), colorize(_checked("mask", row.mask, np.uint8, shape))]
+        for label, outside in row.predictions:
+            pictures.append(colorize(_checked("prediction", label, np.uint8, shape)))
+            red = _checked("outside", outside, np.bool_, shape)[..., None]
+            pale = photo.transpose(1, 2, 0) // 2 + 96
+            pictures.append(np.where(red, np.array(_OUTSIDE, np.uint8), pale))
+    except ValueError as error:
+        raise ValueError(f"rows[{number}] ({row.title}): {error}") from error
+    smooth, sharp = Image.Resampling.BICUBIC, Image.Resampling.NEAREST
+    return _enlarged(pictures, (smooth, sharp, *(sharp, sharp) * networks))
+
+
+def _enlarged(pictures: Sequence[NDArray[np.generic]], ways: Sequence[Image.Resampling]) -> list[Image.Image]:
+    """Pictures of one size, brought to the size of the sheet."""
+    height, width = pictures[0].shape[:2]
     side = max(height, width)
     factor = min(max(1, _ENLARGED_TO // side), _REDUCED_TO / side)
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    smooth, sharp = Image.Resampling.BICUBIC, Image.Resampling.NEAREST
-    ways = (smooth, sharp, smooth, sharp)
     return [Image.fromarray(p).resize(size, way) for p, way in zip(pictures, ways, strict=True)]
 
 

@@ -8,14 +8,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wsss_ops.info import environment
-from wsss_ops.training import checkpoints
+from wsss_ops.training import checkpoints, segmentation
 from wsss_ops.training.batches import normalize
 from wsss_ops.training.data import Dataset
 from wsss_ops.training.evaluation import evaluate, stage_table, summarise_stages, table
 from wsss_ops.training.inference import stream_cams
 from wsss_ops.training.pictures import Row, has_matplotlib, save_curve, save_displacements, save_panels
 from wsss_ops.training.processes import Processes
-from wsss_ops.training.system import System
+from wsss_ops.training.system import Segmenter, System
 
 CURVE, PANELS, DISPLACEMENTS = "curve.png", "panels.png", "displacements.png"
 
@@ -36,27 +36,37 @@ def evaluate_and_report(
 
     earlier: the results of the stages before, to be compared with this one's.
     """
-    result = details | {"environment": environment()} | evaluate(system, development, validation, scales, processes)
+    if isinstance(system, Segmenter):
+        figures = segmentation.evaluate(system, development, validation, scales, processes)
+    else:
+        figures = evaluate(system, development, validation, scales, processes)
+    result = details | {"environment": environment()} | figures
     if earlier:
         result["stages"] = summarise_stages(earlier | {system.stages()[-1].name: result})
     if processes.is_main:
         print(table(result) + stage_table(result))
+        if isinstance(system, Segmenter) and (baseline := system.baseline()) is not None:
+            print(segmentation.compare(baseline[1], result))
         out.mkdir(parents=True, exist_ok=True)
         further: list[str] = []
-        if curve:
-            figures = result["validation"]["curve"]
-            lines = {name: [float("nan") if v is None else v for v in values] for name, values in figures.items()}
+        if curve and "curve" in result["validation"]:
+            further.append(CURVE)
+            drawn = result["validation"]["curve"]
+            lines = {name: [float("nan") if v is None else v for v in values] for name, values in drawn.items()}
             save_curve(out / CURVE, result["thresholds"], lines, result["threshold"], "CAM on validation images")
-        if panels > 0:
+        if panels > 0 and isinstance(system, Segmenter):
+            chosen = _spread(validation, panels)
+            further += segmentation.save_pictures(system, validation, chosen, scales, processes, out)
+        elif panels > 0:
             rows = panel_rows(system, validation, panels, scales, result["threshold"], processes)
             save_panels(out / PANELS, rows, validation.classes)
+            further.append(PANELS)
             if arrows := displacement_pictures(system, validation, panels, processes):
                 save_displacements(out / DISPLACEMENTS, arrows)
                 further.append(DISPLACEMENTS)
         # Last, because its presence says that the run is finished.
         checkpoints.write_json(out / checkpoints.METRICS, result)
-        written = [checkpoints.METRICS, *[CURVE] * curve, *[PANELS] * (panels > 0), *further]
-        print(f"written to {out}: {', '.join(written)}")
+        print(f"written to {out}: {', '.join([checkpoints.METRICS, *further])}")
     processes.wait()
     return result
 

@@ -1,6 +1,7 @@
 """What a training system is: a network, its stages, its loss, and the CAM that inference reads from it."""
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from wsss_ops.training.batches import Batch
+from wsss_ops.training.data import Dataset
+from wsss_ops.training.processes import Processes
 from wsss_ops.training.settings import Settings
 
 
@@ -59,6 +62,35 @@ class System(ABC):
     @abstractmethod
     def stride(self) -> int:
         """Pixels per CAM cell."""
+
+
+class Segmenter(System):
+    """Base of the systems that learn from pseudo-labels and label every pixel by themselves, without tags.
+
+    Their figures and pictures are those of segmentation.py.
+    """
+
+    @abstractmethod
+    def pseudo_labelled(self, dataset: Dataset, out: Path) -> Dataset:
+        """The training images with pseudo-labels, in or for the run folder out, in place of their masks.
+
+        Raises ValueError where these cannot be had, or the baseline not compared with; makes nothing yet.
+        """
+
+    @abstractmethod
+    def prepare(self, dataset: Dataset, processes: Processes) -> None:
+        """Makes the pseudo-labels that are not there yet, before training and before each resumption."""
+
+    @abstractmethod
+    def logits(self, images: Tensor) -> Tensor:
+        """images as for `cam` -> logits [N, C, h, w], background first."""
+
+    @abstractmethod
+    def baseline(self) -> "tuple[Segmenter, dict[str, Any]] | None":
+        """A trained system to compare with and the content of its metrics.json, if one was named."""
+
+    def cam(self, images: Tensor) -> Tensor:
+        return self.logits(images).float().softmax(1)[:, 1:]
 
 
 def autocast(device: torch.device) -> torch.autocast:

@@ -18,12 +18,13 @@ from wsss_ops.training.data import Dataset, fingerprint, open_dataset
 from wsss_ops.training.esol import EsolSystem
 from wsss_ops.training.evaluation import stage_table, table
 from wsss_ops.training.loop import Training, seed_everything
+from wsss_ops.training.ocr import OcrSystem
 from wsss_ops.training.processes import Processes, join_processes
 from wsss_ops.training.report import can_draw_curves, evaluate_and_report
 from wsss_ops.training.settings import Settings, add_settings, read_settings
-from wsss_ops.training.system import System
+from wsss_ops.training.system import Segmenter, System
 
-SYSTEMS: dict[str, type[System]] = {"cam": CamSystem, "esol": EsolSystem}
+SYSTEMS: dict[str, type[System]] = {"cam": CamSystem, "esol": EsolSystem, "ocr": OcrSystem}
 OPS = ("fused", "reference", "both")
 
 
@@ -84,22 +85,26 @@ def run(
         **{name: str(Path(path).resolve()) for name, path in _paths(settings) if path},
         "training_images": fingerprint(data["train"]),
     }
-    batches = TrainingBatches(
-        data["train"], size=settings.size, batch_size=settings.batch_size, seed=settings.seed,
-        workers=_default_workers(processes) if workers is None else workers, processes=processes,
-    )  # fmt: skip
     checkpoints.check_claim(out, record)
     if (out / checkpoints.METRICS).exists():
         result = checkpoints.read_json(out / checkpoints.METRICS)
         processes.print(f"{out} is finished:\n{table(result)}{stage_table(result)}")
         return result
-    curve = evaluation and can_draw_curves(processes)
     classes = data["train"].classes
     start = read_start(settings, classes) if isinstance(settings, SettingsAfterCam) and settings.start else None
     system = _build(name, settings, len(classes), ops)
+    segments = isinstance(system, Segmenter)
+    images = system.pseudo_labelled(data["train"], out) if isinstance(system, Segmenter) else data["train"]
+    batches = TrainingBatches(
+        images, size=settings.size, batch_size=settings.batch_size, seed=settings.seed, masks=segments,
+        workers=_default_workers(processes) if workers is None else workers, processes=processes,
+    )  # fmt: skip
+    curve = evaluation and not segments and can_draw_curves(processes)
     if processes.is_main:
         checkpoints.claim(out, record)
     processes.wait()
+    if isinstance(system, Segmenter):
+        system.prepare(images, processes)
     if ops == "both" and system.uses_ops and not (out / checkpoints.CHECKPOINT).exists():
         steps = [batch for batch, _ in zip(batches.epoch(0), range(5), strict=False)]
         pair = {kind: _build(name, settings, len(classes), kind) for kind in ("reference", "fused")}
@@ -150,7 +155,7 @@ def _evaluate_stages(
 
 
 def _paths(settings: Settings) -> list[tuple[str, str | None]]:
-    return [(name, getattr(settings, name, None)) for name in ("data", "start")]
+    return [(name, getattr(settings, name, None)) for name in ("data", "start", "cams", "baseline")]
 
 
 def _start_figures(settings: SettingsAfterCam, run: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,0 +1,191 @@
+"""OCR: a segmentation network on pseudo-labels, whose out-of-candidate pixels a ranking loss pushes back.
+
+Cheng et al., Out-of-Candidate Rectification for Weakly Supervised Semantic Segmentation, CVPR 2023 (arXiv 2211.12268).
+README.md here says what is the paper's and what is our reading.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wsss_ops.training import checkpoints
+from wsss_ops.training.backbones import Backbone, build_backbone
+from wsss_ops.training.batches import Batch
+from wsss_ops.training.data import VOID, Dataset, fingerprint
+from wsss_ops.training.processes import Processes
+from wsss_ops.training.pseudo_labels import FOLDER, RECORD, PseudoLabelled, make_pseudo_labels
+from wsss_ops.training.settings import Settings, option
+from wsss_ops.training.system import Segmenter, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class OcrSettings(Settings):
+    """Settings of the segmentation network and its OCR loss."""
+
+    cams: str | None = option(
+        str, None, "finished run of a CAM system, whose CAMs of the training images become pseudo-labels; or a run of "
+        "this system, whose pseudo-labels are used again",
+    )  # fmt: skip
+    cam_threshold: float | None = option(
+        float, None, "background threshold of the pseudo-labels; default: that of the CAM run's evaluation"
+    )
+    ocr_weight: float = option(float, 1.0, "weight of the OCR loss beside cross-entropy (the paper's lambda); 0: none")
+    ocr_threshold: float = option(float, 0.0, "share of the largest correlation that the classes ranked first need")
+    ocr_margin: float = option(float, 0.0, "margin of the ranking")
+    ocr_scale: float = option(float, 1.0, "scale of logits in the ranking")
+    prior: str = option(
+        str, "tags", "correlation of classes: that of the training labels, or none", choices=("tags", "none")
+    )
+    baseline: str | None = option(
+        str, None, "finished run of this system, for example without OCR, to compare figures and pictures with"
+    )
+    scales: tuple[float, ...] = option(float, (1.0,), "image scales of inference, each with its flip", nargs="+")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cams is None:
+            raise ValueError("cams must name a finished run of a CAM system, got none")
+        if self.cam_threshold is not None and not 0 <= self.cam_threshold <= 1:
+            raise ValueError(f"cam_threshold must be from 0 to 1, got {self.cam_threshold}")
+        if self.ocr_weight < 0:
+            raise ValueError(f"ocr_weight must not be negative, got {self.ocr_weight}")
+        if not 0 <= self.ocr_threshold <= 1:
+            raise ValueError(f"ocr_threshold must be from 0 to 1, got {self.ocr_threshold}")
+        if self.ocr_scale <= 0:
+            raise ValueError(f"ocr_scale must be above 0, got {self.ocr_scale}")
+
+
+class SegmentationNetwork(nn.Module):
+    """Backbone, a 3x3 convolution, ReLU and a 1x1 classifier of all classes. `prior` [C, C] is that of the loss."""
+
+    def __init__(self, backbone: Backbone, num_classes: int, width: int = 256) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Sequential(
+            nn.Conv2d(backbone.out_channels, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, num_classes, 1)
+        )
+        self.prior: Tensor
+        self.register_buffer("prior", torch.ones(num_classes, num_classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [N, 3, H, W], normalised -> logits [N, num_classes, h, w]."""
+        logits: Tensor = self.head(self.backbone(images))
+        return logits
+
+
+class OcrSystem(Segmenter):
+    """Segmentation from pseudo-labels, with out-of-candidate rectification."""
+
+    Settings: ClassVar[type[Settings]] = OcrSettings
+    network: SegmentationNetwork
+
+    def __init__(self, settings: OcrSettings, num_classes: int, ops: ModuleType | None, *,
+                 pretrained: bool = True) -> None:  # fmt: skip
+        assert ops is not None
+        self.settings, self.ops = settings, ops
+        backbone = build_backbone(settings.backbone, settings.weights, settings.output_stride, pretrained=pretrained)
+        backbone.tune(settings.tune_blocks)
+        self.network = SegmentationNetwork(backbone, num_classes)
+
+    def stages(self) -> list[Stage]:
+        return [Stage("segmentation", self.settings.epochs)]
+
+    def enter(self, stage: int) -> list[dict[str, Any]]:
+        groups = [{"params": list(self.network.head.parameters()), "lr": self.settings.lr}]
+        if tuned := self.network.backbone.tune(self.settings.tune_blocks):
+            groups.append({"params": tuned, "lr": self.settings.backbone_lr})
+        return groups
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        assert batch.masks is not None
+        settings, logits = self.settings, self.network(batch.images)
+        # The pixels between the centres of the map's first and last cells, see backbones.py.
+        size = [self.stride * (cells - 1) + 1 for cells in logits.shape[2:]]
+        masks, valid = (part[:, : size[0], : size[1]] for part in (batch.masks, batch.valid))
+        resized = F.interpolate(logits.float(), size, mode="bilinear", align_corners=True)
+        loss = F.cross_entropy(resized, masks.long(), ignore_index=VOID)
+        figures = {"cross-entropy": loss.detach()}
+        if settings.ocr_weight > 0:
+            ranking = self.ops.ocr_loss(
+                logits, with_background(batch.tags), prior=self.network.prior if settings.prior == "tags" else None,
+                threshold=settings.ocr_threshold, margin=settings.ocr_margin, scale=settings.ocr_scale,
+                ignore=~valid, size=size, align_corners=True,
+            )  # fmt: skip
+            loss = loss + settings.ocr_weight * ranking
+            figures["OCR"] = ranking.detach()
+        return loss, {"loss": loss.detach()} | figures
+
+    def logits(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images)
+        return logits
+
+    @property
+    def stride(self) -> int:
+        return self.network.backbone.stride
+
+    def pseudo_labelled(self, dataset: Dataset, out: Path) -> Dataset:
+        if (found := self.baseline()) is not None and len(found[0].network.prior) != len(dataset.classes):
+            raise ValueError(f"baseline: {self.settings.baseline} knows other classes than the data have")
+        given = Path(self.settings.cams) / FOLDER
+        if not (given / RECORD).exists():
+            self._source(dataset)  # before anything is made
+            return PseudoLabelled(dataset, out / FOLDER)
+        record, threshold = checkpoints.read_json(given / RECORD), self.settings.cam_threshold
+        if record["training_images"] != fingerprint(dataset):
+            raise ValueError(
+                f"cams: the pseudo-labels of {given} are of {record['training_images']}, not of these data"
+            )
+        if threshold not in (None, record["threshold"]):
+            raise ValueError(f"cam_threshold: the labels of {given} were cut at {record['threshold']}, got {threshold}")
+        return PseudoLabelled(dataset, given)
+
+    def prepare(self, dataset: Dataset, processes: Processes) -> None:
+        assert isinstance(dataset, PseudoLabelled)
+        self.network.prior.copy_(self.ops.annotation_correlation(with_background(dataset.tags)))
+        if not (dataset.folder / RECORD).exists():
+            system, threshold = self._source(dataset)
+            system.network.to(processes.device)
+            about = {"cams": str(Path(self.settings.cams).resolve())}
+            scales = system.settings.scales
+            make_pseudo_labels(system, dataset.dataset, scales, threshold, dataset.folder, processes, about)
+
+    def baseline(self) -> "tuple[OcrSystem, dict[str, Any]] | None":
+        from wsss_ops.training.evaluate import load_system  # which imports the table of systems, with this one in it
+
+        if self.settings.baseline is None:
+            return None
+        path = Path(self.settings.baseline)
+        system, _ = load_system(path)
+        if not isinstance(system, OcrSystem) or not (path / checkpoints.METRICS).exists():
+            raise ValueError(f"baseline: {path} is no finished and evaluated run of this system")
+        return system, checkpoints.read_json(path / checkpoints.METRICS)
+
+    def _source(self, dataset: Dataset) -> tuple[Any, float]:
+        """The CAM system and the threshold of the pseudo-labels.
+
+        Raises ValueError for what is missing or does not fit.
+        """
+        from wsss_ops.training.evaluate import load_system
+
+        path, threshold = Path(self.settings.cams), self.settings.cam_threshold
+        system, classes = load_system(path)
+        if isinstance(system, Segmenter):
+            raise ValueError(f"cams: {path} is a run of a segmentation network that has no pseudo-labels")
+        if classes != tuple(dataset.classes):
+            raise ValueError(f"cams: {path} knows the classes {', '.join(classes)}; the data have others")
+        if threshold is None:
+            metrics = path / checkpoints.METRICS
+            if not metrics.exists():
+                raise ValueError(f"cam_threshold must be given, because {path} holds no {checkpoints.METRICS} with one")
+            threshold = checkpoints.read_json(metrics)["threshold"]
+        return system, threshold
+
+
+def with_background(tags: Tensor) -> Tensor:
+    """tags [N, C-1] of the foreground -> [N, C], the background always present."""
+    return torch.cat([torch.ones_like(tags[:, :1]), tags], 1)
