@@ -194,7 +194,7 @@ def test_batches_are_a_function_of_seed_and_epoch(voc):
     data = open_dataset(voc, "train")
 
     def epoch(number, first_step=0, workers=0, seed=3, place=Processes()):  # noqa: B008
-        batches = TrainingBatches(data, size=24, batch_size=4, seed=seed, workers=workers, processes=place)
+        batches = TrainingBatches(data, size=24, batch_size=4, seed=seed, workers=workers, processes=place, masks=True)
         list(batches.epoch(7))  # what came before does not matter
         return list(batches.epoch(number, first_step))
 

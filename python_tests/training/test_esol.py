@@ -66,7 +66,8 @@ LEARNS = {
 @pytest.mark.parametrize("classifier_lr", [0.0, 1e-4])
 @AT
 def test_gradients_reach_what_a_stage_trains_and_nothing_else(stage, classifier_lr, at):
-    system = make(classifier_lr=classifier_lr, expansion_at=at)
+    rates = {f"{name}_classifier_lr": classifier_lr for name in ("expansion", "shrinkage")}
+    system = make(**rates, expansion_at=at)
     learn_offsets(system.network.expansion)
     groups, found = gradients(system, stage)
     prefixes = LEARNS[stage] if stage == CAM or classifier_lr > 0 else LEARNS[stage][:1]
@@ -78,7 +79,7 @@ def test_gradients_reach_what_a_stage_trains_and_nothing_else(stage, classifier_
 
 
 def test_offsets_climb_the_loss_that_the_classifier_descends():
-    system = make(alpha=0.5, classifier_lr=1e-3)
+    system = make(alpha=0.5, expansion_classifier_lr=1e-3)
     learn_offsets(system.network.expansion)
     _, found = gradients(system, EXPANSION)
     network, given = system.network, batch()

@@ -29,7 +29,12 @@ class EsolSettings(SettingsAfterCam):
     shrinkage_epochs: int = option(int, 2, "passes over the training images in the shrinkage stage")
     expansion_lr: float = option(float, 2e-5, "learning rate of the expansion's offsets")
     shrinkage_lr: float = option(float, 2e-5, "learning rate of the shrinkage's offsets")
-    classifier_lr: float = option(float, 1e-4, "learning rate of the classifier behind a sampler; 0: it stays fixed")
+    expansion_classifier_lr: float = option(
+        float, 0.0, "learning rate of the classifier in the expansion stage; 0: it stays fixed"
+    )
+    shrinkage_classifier_lr: float = option(
+        float, 3e-4, "learning rate of the classifier in the shrinkage stage; 0: it stays fixed"
+    )
     expansion_at: str = option(
         str, "features", "what the expansion samples: the backbone's features, with the weight of the 3x3 layer behind "
         "them, or the maps of that layer, with the identity", choices=("features", "maps"),
@@ -46,7 +51,7 @@ class EsolSettings(SettingsAfterCam):
         for name in (*positive, "expansion_offset", "shrinkage_offset"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("classifier_lr", "area"):
+        for name in ("expansion_classifier_lr", "shrinkage_classifier_lr", "area"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
@@ -159,16 +164,16 @@ class EsolSystem(CamSystem):
             return super().enter(stage)
         if stage == EXPANSION and not network.samples_maps:  # on resumption too: the 3x3 layer has not changed since
             network.expansion.load_state_dict(network.sampler.state_dict(), strict=False)
-        sampler, lr = (
-            (network.expansion, settings.expansion_lr)
+        sampler, lr, classifier_lr = (
+            (network.expansion, settings.expansion_lr, settings.expansion_classifier_lr)
             if stage == EXPANSION
-            else (network.shrinkage, settings.shrinkage_lr)
+            else (network.shrinkage, settings.shrinkage_lr, settings.shrinkage_classifier_lr)
         )
         sampler.offset_branch.requires_grad_(True)
         groups = [{"params": list(sampler.offset_branch.parameters()), "lr": lr}]
-        if settings.classifier_lr > 0:
+        if classifier_lr > 0:
             network.classifier.requires_grad_(True)
-            groups.append({"params": list(network.classifier.parameters()), "lr": settings.classifier_lr})
+            groups.append({"params": list(network.classifier.parameters()), "lr": classifier_lr})
         return groups
 
     def displacements(self, images: Tensor) -> Tensor | None:
