@@ -1,4 +1,4 @@
-"""`wsss-ops demo`: what is installed, fused against reference, a small benchmark, CAM on generated scenes."""
+"""`wsss-ops demo`: what is installed, fused against reference, a small benchmark, CAM and ESOL on generated scenes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ def main(arguments: argparse.Namespace) -> int:
         "A minute on two free cores, many times that on busy ones. An mIoU near 0.29 is what to expect: the scenes are"
     )
     print("made to show where CAMs fail (heads instead of bodies, rare classes, context).", flush=True)
-    train_on_scenes(out / "cam")
+    train_on_scenes("cam", out / "cam")
+
+    heading("5. ESOL on that CAM: offsets that expand it, then offsets that shrink it to the object")
+    train_on_scenes("esol", out / "esol", start=out / "cam")
 
     heading(f"Done in {time.monotonic() - started:.0f} s")
     if importlib.util.find_spec("matplotlib") is not None:
@@ -59,7 +62,8 @@ def main(arguments: argparse.Namespace) -> int:
     else:
         print("plots left out: they need matplotlib (pip install matplotlib)")
     print(f"{out / 'cam' / 'panels.png'}: scenes, ground truth, CAM and prediction")
-    print(f"{out / 'cam' / 'metrics.json'}: the figures above")
+    print(f"{out / 'esol' / 'displacements.png'}: where ESOL's sampler looks")
+    print(f"{out / 'cam' / 'metrics.json'}, {out / 'esol' / 'metrics.json'}: the figures above")
     return 0
 
 

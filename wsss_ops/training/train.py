@@ -180,12 +180,14 @@ def _default_workers(processes: Processes) -> int:
     return 8 if cores >= 16 else cores // 2
 
 
-def train_on_scenes(out: Path, *, seed: int = 0) -> dict[str, Any]:
-    """Trains CAM on the generated scenes with its defaults, about a minute on two cores.
+def train_on_scenes(name: str, out: Path, *, start: Path | None = None, seed: int = 0) -> dict[str, Any]:
+    """Trains a system on the generated scenes with its defaults, "cam" about a minute on two cores.
 
-    Returns the content of the metrics.json that it leaves in out with the pictures.
+    start: the finished CAM run that a later system takes its first stage from. Returns the content of the metrics.json
+    that it leaves in out with the pictures.
     """
+    given = {} if start is None else {"start": str(start)}
     with join_processes() as processes:
-        result = run("cam", Settings(seed=seed), out, processes)
+        result = run(name, SYSTEMS[name].Settings(seed=seed, **given), out, processes)
     assert result is not None
     return result
