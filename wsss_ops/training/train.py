@@ -186,8 +186,10 @@ def train_on_scenes(name: str, out: Path, *, start: Path | None = None, seed: in
     start: the finished CAM run that a later system takes its first stage from. Returns the content of the metrics.json
     that it leaves in out with the pictures.
     """
-    given = {} if start is None else {"start": str(start)}
+    settings = SYSTEMS[name].Settings(seed=seed)
+    if start is not None:
+        settings = dataclasses.replace(settings, start=str(start))
     with join_processes() as processes:
-        result = run(name, SYSTEMS[name].Settings(seed=seed, **given), out, processes)
+        result = run(name, settings, out, processes)
     assert result is not None
     return result
