@@ -186,10 +186,8 @@ def train_on_scenes(name: str, out: Path, *, start: Path | None = None, seed: in
     start: the finished CAM run that a later system takes its first stage from. Returns the content of the metrics.json
     that it leaves in out with the pictures.
     """
-    settings = SYSTEMS[name].Settings(seed=seed)
-    if start is not None:
-        settings = dataclasses.replace(settings, start=str(start))
+    values: dict[str, Any] = {"seed": seed} | ({} if start is None else {"start": str(start)})
     with join_processes() as processes:
-        result = run(name, settings, out, processes)
+        result = run(name, SYSTEMS[name].Settings(**values), out, processes)
     assert result is not None
     return result
