@@ -1,8 +1,8 @@
 """A training step of ESOL's expansion and shrinkage, with other operators in the same system.
 
 Four crops of 256 pixels through EfficientNet-Lite0 at stride 16, whose 1280 channels the expansion samples; the
-backbone is fixed in both stages, its forward part of the step. The floor is the same step with plain convolutions in
-place of the samplers, whose offset branches then learn nothing.
+backbone is fixed in both stages, its forward part of the step, and the classifier learns. The floor is the same step
+with plain convolutions in place of the samplers, whose offset branches then learn nothing.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def esol_case(name: str, stage: int, device: str) -> Case:
 
 def training_step(ops: ModuleType, stage: int, batch: Batch) -> Function:
     torch.manual_seed(0)  # equal weights for all: a network whose ReLUs have died would take another time
-    system = EsolSystem(EsolSettings(backbone="efficientnet_lite0"), CLASSES, ops, pretrained=False)
+    settings = EsolSettings(backbone="efficientnet_lite0", expansion_classifier_lr=1e-3, shrinkage_classifier_lr=1e-3)
+    system = EsolSystem(settings, CLASSES, ops, pretrained=False)
     network = system.network.to(batch.images.device)
     channels_last(network)
     for sampler in (network.expansion, network.shrinkage):

@@ -4,6 +4,8 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from wsss_ops.bench.measure import peak_memory
 from wsss_ops.training.batches import Batch
 from wsss_ops.training.loop import channels_last, make_optimiser, seed_everything, train_step
@@ -48,6 +50,7 @@ def _trial(
     return statistics.median(times[1:] or times), memory, losses
 
 
+@torch.no_grad()
 def _distance(systems: Mapping[str, System]) -> float:
     one, other = ([*system.network.parameters(), *system.network.buffers()] for system in systems.values())
     return max(float((a.double() - b.double()).abs().max()) for a, b in zip(one, other, strict=True) if a.numel())
