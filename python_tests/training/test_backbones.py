@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from wsss_ops.training import backbones
 from wsss_ops.training.backbones import BACKBONES, build_backbone
 
 
@@ -65,6 +66,22 @@ def test_folded_norm_equals_norm_after_convolution():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("efficientnet_lite_pytorch") is None, reason="extra `lite` not installed")
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_a_dilated_depthwise_convolution_has_the_gradients_of_a_plain_one(kernel):
+    conv = nn.Conv2d(6, 6, kernel, padding=kernel // 2 * 2, dilation=2, groups=6, bias=False).double()
+    norm = nn.BatchNorm2d(6).double().eval()
+    norm.running_mean.normal_()
+    x = torch.randn(3, 6, 9, 11, dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for y in (backbones._conv_norm(conv, norm, x), norm(conv(x))):
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).sin())
+        inputs = (x, conv.weight, norm.weight, norm.bias)
+        gradients.append([y.detach(), *(tensor.grad.clone() for tensor in inputs)])
+        for tensor in inputs:
+            tensor.grad = None
+    torch.testing.assert_close(*gradients)
+
+
 def test_lite0_equals_its_package():
     from efficientnet_lite_pytorch import EfficientNet
 

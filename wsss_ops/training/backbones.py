@@ -7,8 +7,10 @@ image of stride * k + 1 pixels a side the corners of map and image coincide (`al
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.grad
 from torch import Tensor, nn
 
 from wsss_ops.training.batches import IMAGE_MEAN, IMAGE_STD
@@ -72,7 +74,35 @@ def _conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     scale = norm.weight * torch.rsqrt(variance + norm.eps)
     bias = norm.bias - mean * scale
     weight = conv.weight * scale.view(-1, 1, 1, 1)
+    if x.device.type == "cpu" and conv.groups == conv.out_channels > 1 and conv.dilation != (1, 1) == conv.stride:
+        y: Tensor = _DilatedDepthwise.apply(x, weight, bias, conv.padding, conv.dilation)
+        return y
     return nn.functional.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+class _DilatedDepthwise(torch.autograd.Function):
+    """A depthwise convolution of stride 1 that keeps the map's size.
+
+    Its input's gradient is the convolution with the kernels turned around. PyTorch's own way there takes ten times as
+    long on a CPU where the convolution is dilated, a fifth of a training step.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int], dilation: tuple[int, int]
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.settings = (1, padding, dilation, len(weight))
+        return nn.functional.conv2d(x, weight, bias, *ctx.settings)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        x_gradient = None
+        if ctx.needs_input_grad[0]:
+            x_gradient = nn.functional.conv2d(gradient, weight.flip(2, 3), None, *ctx.settings)
+        weight_gradient = torch.nn.grad.conv2d_weight(x, weight.shape, gradient, *ctx.settings)
+        return x_gradient, weight_gradient, gradient.sum((0, 2, 3)), None, None
 
 
 class _ConvNorm(nn.Module):
