@@ -4,11 +4,13 @@ from .clip import clip_features
 from .deform import deform_conv2d
 from .ocr import annotation_correlation, ocr_loss, out_of_candidate_rate
 from .patch import patch_merge, patch_split
+from .patch_learning import PatchLearning
 from .sampler import DeformConv2d, DeformSampler
 
 __all__ = [
     "DeformConv2d",
     "DeformSampler",
+    "PatchLearning",
     "annotation_correlation",
     "clip_features",
     "deform_conv2d",
