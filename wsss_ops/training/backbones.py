@@ -35,9 +35,13 @@ class Backbone(nn.Module):
         """images [N, 3, H, W], normalised -> features [N, out_channels, h, w]."""
         return self.levels(images)[-1]
 
+    def prepare(self, images: Tensor) -> Tensor:
+        """What the first block takes, from images [N, 3, H, W], normalised."""
+        return images
+
     def levels(self, images: Tensor) -> list[Tensor]:
         """The last map of each resolution, finest first; the last one is that of `forward`."""
-        found, x = [], images
+        found, x = [], self.prepare(images)
         for index, block in enumerate(self.blocks):
             x = block(x)
             if index in self.level_ends:
@@ -179,8 +183,8 @@ class EfficientNetLite0(Backbone):
         self.blocks = [stem, *blocks, head]
         self.level_ends = (*ends[1:], len(self.blocks) - 1)
 
-    def levels(self, images: Tensor) -> list[Tensor]:
-        return super().levels(images * self._gain + self._shift)
+    def prepare(self, images: Tensor) -> Tensor:
+        return images * self._gain + self._shift
 
 
 class _Bottleneck(nn.Module):

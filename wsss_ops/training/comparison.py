@@ -36,9 +36,10 @@ def _trial(
     system: System, stage: int, batches: Sequence[Batch], processes: Processes
 ) -> tuple[float, int, list[float]]:
     device = processes.device
-    processes.share_state(system.network.to(device).train())
+    processes.share_state(system.network.to(device))
     channels_last(system.network)
     optimiser = make_optimiser(system.enter(stage), system.settings.weight_decay)
+    system.network.train()  # after enter: what keeps its statistics can depend on the stage
     times, losses = [], []
     for step, batch in enumerate(batches):
         seed_everything(system.settings.seed, stage, step, processes.rank)

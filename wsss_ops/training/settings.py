@@ -72,12 +72,14 @@ def _default_text(field: dataclasses.Field[Any]) -> str:
     if field.default is None and field.name not in _PRETRAINED:
         return ""
     if field.default is not None:
-        return f" (default: {field.default})"
-    texts = []
-    for backbone, values in _DEFAULTS.items():
-        value = values[field.name]
-        texts.append(f"{' '.join(map(str, value)) if isinstance(value, tuple) else value} {backbone}")
+        return f" (default: {_value_text(field.default)})"
+    texts = [f"{_value_text(values[field.name])} {backbone}" for backbone, values in _DEFAULTS.items()]
     return f" (default: {', '.join(texts)})"
+
+
+def _value_text(value: Any) -> str:
+    """As it is given on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def add_settings(parser: argparse.ArgumentParser, settings: type[Settings]) -> None:
@@ -92,7 +94,8 @@ def add_settings(parser: argparse.ArgumentParser, settings: type[Settings]) -> N
 
 def read_settings(args: argparse.Namespace, settings: type[S]) -> S:
     """Makes the settings from parsed arguments. Raises ValueError for values out of range."""
-    names = [field.name for field in dataclasses.fields(settings)]
-    values: dict[str, Any] = {name: getattr(args, name) for name in names}
-    values["scales"] = values["scales"] and tuple(values["scales"])
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(args, field.name)
+        values[field.name] = tuple(value) if isinstance(value, list) else value
     return settings(**values)
