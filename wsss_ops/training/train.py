@@ -19,12 +19,13 @@ from wsss_ops.training.esol import EsolSystem
 from wsss_ops.training.evaluation import stage_table, table
 from wsss_ops.training.loop import Training, seed_everything
 from wsss_ops.training.ocr import OcrSystem
+from wsss_ops.training.ppl import PplSystem
 from wsss_ops.training.processes import Processes, join_processes
 from wsss_ops.training.report import can_draw_curves, evaluate_and_report
 from wsss_ops.training.settings import Settings, add_settings, read_settings
 from wsss_ops.training.system import Segmenter, System
 
-SYSTEMS: dict[str, type[System]] = {"cam": CamSystem, "esol": EsolSystem, "ocr": OcrSystem}
+SYSTEMS: dict[str, type[System]] = {"cam": CamSystem, "esol": EsolSystem, "ocr": OcrSystem, "ppl": PplSystem}
 OPS = ("fused", "reference", "both")
 
 

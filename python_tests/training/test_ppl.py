@@ -1,0 +1,277 @@
+"""PPL: what learns in each stage and from where, what a stage starts with, fused against reference, resumption."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from training.voc_folder import make_voc
+
+import wsss_ops
+from wsss_ops import reference
+from wsss_ops.training import checkpoints, evaluate, train
+from wsss_ops.training.batches import Batch
+from wsss_ops.training.comparison import compare
+from wsss_ops.training.ppl import CAM, PplSettings, PplSystem
+from wsss_ops.training.processes import Processes
+
+SMALL = {"backbone": "tiny", "size": 32, "batch_size": 4}
+MODES = ("progressive", "explicit")
+STAGES = {"progressive": ["cam", "patches1", "patches2"], "explicit": ["cam", "patches"]}
+
+
+def make(ops=wsss_ops, **settings):
+    torch.manual_seed(0)
+    return PplSystem(PplSettings(**SMALL, **settings), 3, ops)
+
+
+def batch():
+    torch.manual_seed(1)
+    images = torch.randn(4, 3, 33, 33)
+    tags = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
+    return Batch(images, tags, torch.ones(4, 33, 33, dtype=torch.bool), torch.arange(4))
+
+
+def gradients(system, loss):
+    system.network.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: p.grad for name, p in system.network.named_parameters() if p.grad is not None}
+
+
+def cams(system, stage):
+    system.enter(stage)
+    system.network.eval()
+    with torch.no_grad():
+        return system.cam(batch().images)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("tune_blocks", [-1, 2])
+def test_gradients_reach_what_a_stage_trains_and_nothing_else(mode, tune_blocks):
+    system = make(mode=mode, tune_blocks=tune_blocks)
+    assert [stage.name for stage in system.stages()] == STAGES[mode]
+    for stage in range(len(STAGES[mode])):
+        groups = system.enter(stage)
+        system.network.train()
+        found = gradients(system, system.loss(batch())[0])
+        head = "classifier." if stage == CAM else "patch_classifier."
+        expected = {name for name, _ in system.network.named_parameters() if name.startswith(("sampler.", head))}
+        tuned = {id(p) for p in system.network.backbone.tune(tune_blocks)}
+        expected |= {name for name, p in system.network.named_parameters() if id(p) in tuned}
+        assert set(found) == expected
+        trained = {id(p) for group in groups for p in group["params"]}
+        assert trained == {id(p) for name, p in system.network.named_parameters() if name in expected}
+        assert all(gradient.abs().sum() > 0 for gradient in found.values())
+        rate = 1.0 if stage == CAM else 0.3
+        assert [group["lr"] for group in groups] == pytest.approx([4e-3 * rate] * 2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_explicit_gradients_end_where_maps_are_split(mode):
+    """With the whole map out of the classifier, gradients come through the patches alone."""
+    system = make(mode=mode, positions=(2,), grids=(2,))
+    system.enter(1)
+    with torch.no_grad():
+        system.network.patch_classifier.weight[:, :256] = 0
+    found = gradients(system, system.network(batch().images)[1].sum())
+    reached = {name.split(".")[2] for name, g in found.items() if name.startswith("backbone.layers.") and g.any()}
+    assert reached == ({"1", "2"} if mode == "explicit" else {"0", "1", "2"})
+
+
+def test_a_stage_is_patch_learning_at_its_position():
+    system = make()
+    network, images = system.network, batch().images
+    for stage, (last, side) in enumerate(((3, 2), (2, 4)), 1):
+        system.enter(stage)
+        network.eval()
+        branch = reference.PatchLearning(torch.nn.Sequential(*network.blocks), 4 - last, (side, side))
+        expected = F.conv2d(branch(images), network.patch_classifier.weight)
+        assert torch.allclose(network(images)[1], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_explicit_stage_concatenates_all_branches():
+    system = make(mode="explicit", positions=(2, 3, 2), grids=(1, 2, 4))
+    system.enter(1)
+    network, images = system.network.eval(), batch().images
+    weight = network.patch_classifier.weight
+    assert weight.shape == (2, 4 * 256, 1, 1)
+    maps = []
+    for last, side in ((3, 2), (2, 1), (2, 4)):  # by position, equal ones as given
+        branch = reference.PatchLearning(torch.nn.Sequential(*network.blocks), 4 - last, (side, side))
+        maps.append(branch(images))
+    whole, _ = maps[0].chunk(2, 1)
+    expected = F.conv2d(torch.cat([whole, *(both.chunk(2, 1)[1] for both in maps)], 1), weight)
+    assert torch.allclose(network(images)[1], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_stages_start_where_the_one_before_ended(mode):
+    """Patches as large as the map show what the map does. 4 x 4 cells of 8 pixels: no patch is padded."""
+    system = make(mode=mode, grids=(1, 1))
+    images = batch().images[:, :, :32, :32]
+    maps = []
+    for stage in range(len(STAGES[mode])):
+        system.enter(stage)
+        system.network.eval()
+        with torch.no_grad():
+            maps.append(system.cam(images))
+    for later in maps[1:]:
+        assert torch.allclose(later, maps[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_stage_goes_on_with_the_classifier_of_the_stage_before():
+    system = make()
+    system.enter(CAM)
+    system.enter(1)
+    weight = system.network.patch_classifier.weight
+    assert torch.equal(weight, system.network.classifier.weight.repeat(1, 2, 1, 1) / 2)
+    with torch.no_grad():
+        weight.add_(1)
+    learnt = weight.clone()
+    system.enter(1)  # a resumption
+    assert torch.equal(weight, learnt)
+    system.enter(2)
+    assert torch.equal(weight, learnt)
+
+
+def test_statistics_are_those_of_the_cam():
+    system = make()
+    system.enter(1)
+    system.network.train()
+    before = {name: value.clone() for name, value in system.network.backbone.named_buffers()}
+    assert before  # the tiny backbone has BatchNorm
+    system.loss(batch())
+    assert all(torch.equal(before[name], value) for name, value in system.network.backbone.named_buffers())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fused_and_reference_agree(mode):
+    systems = {"reference": make(reference, mode=mode), "fused": make(wsss_ops, mode=mode)}
+    table = compare(systems, [batch()] * 3, Processes())
+    apart = [line for line in table.splitlines() if "largest difference" in line]
+    assert [line.split()[0] for line in apart] == STAGES[mode]
+    for line in apart:
+        losses, parameters = float(line.split("losses ")[1].split(",")[0]), float(line.split()[-1])
+        assert losses < 1e-5
+        assert parameters < 1e-4
+
+
+def test_the_model_file_knows_its_stage():
+    system = make()
+    expected = cams(system, 2)
+    other = make(seed=1)
+    other.network.load_state_dict(system.network.state_dict())
+    other.network.eval()
+    assert torch.equal(other.cam(batch().images), expected)
+    names = set(system.network.state_dict())  # nothing is there twice, and what a CAM run wrote keeps its name
+    assert {name.split(".")[0] for name in names} == {
+        "backbone", "sampler", "classifier", "patch_classifier", "_extra_state"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [(9, 9), (17, 33), (65, 41)])
+@pytest.mark.parametrize("mode", MODES)
+def test_maps_of_any_size_have_patches(mode, size):
+    """Smaller than the grid, too."""
+    system = make(mode=mode)
+    system.enter(1)
+    system.network.eval()
+    assert system.cam(torch.randn(2, 3, *size)).shape == (2, 2, (size[0] - 1) // 8 + 1, (size[1] - 1) // 8 + 1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"stage_epochs": 0}, "stage_epochs must be above 0, got 0"),
+        ({"stage_rate": 0.0}, "stage_rate must be above 0, got 0.0"),
+        ({"positions": (2, -1)}, r"positions must be one or more numbers of at least 0, got \(2, -1\)"),
+        ({"positions": ()}, r"positions must be one or more numbers of at least 0, got \(\)"),
+        ({"grids": (2,)}, r"grids must be 2 numbers above 0, as positions are, got \(2,\)"),
+        ({"grids": (2, 0)}, r"grids must be 2 numbers above 0, as positions are, got \(2, 0\)"),
+        ({"positions": (5, 2)}, r"positions must be at most 4, the blocks of tiny, got \(5, 2\)"),
+    ],
+)
+def test_bad_settings(setting, message):
+    with pytest.raises(ValueError, match=message):
+        make(**setting)
+
+
+RUNNER = """
+import argparse, sys
+from wsss_ops.training import train
+parser = argparse.ArgumentParser()
+train.add_arguments(parser)
+sys.exit(train.main(parser.parse_args(sys.argv[1:])))
+"""
+KILLED = """
+import os, signal
+from wsss_ops.training import checkpoints, train
+save = checkpoints.save
+def save_or_die(path, content):
+    save(path, content)
+    if content.get("position") == (2, 0, 2):
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoints.save = save_or_die
+"""
+
+
+def train_here(*options):
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    return train.main(parser.parse_args([str(option) for option in options]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_can_start_from_a_finished_cam_run(tmp_path, capsys, mode):
+    voc = make_voc(tmp_path / "voc")
+    common = ["--data", voc, "--backbone", "tiny", "--size", 32, "--batch-size", 4, "--workers", 0, "--device", "cpu"]
+    assert train_here("cam", *common, "--epochs", 1, "--out", tmp_path / "cam", "--panels", 0) == 0
+    capsys.readouterr()
+    options = ["--mode", mode, "--stage-epochs", 1, "--panels", 0, "--positions", 3, 1, "--grids", 2, 3]
+    assert train_here("ppl", *common, *options, "--start", tmp_path / "cam", "--out", tmp_path / "ppl") == 0
+    assert f"starting with {STAGES[mode][1]}" in capsys.readouterr().out
+    cam = checkpoints.load(tmp_path / "cam/model.pt")["network"]
+    first = checkpoints.load(tmp_path / "ppl/cam.pt")["network"]
+    assert all(torch.equal(first[name], value) for name, value in cam.items())
+    figures = [json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("cam", "ppl")]
+    assert list(figures[1]["stages"]) == STAGES[mode]
+    assert figures[1]["stages"]["cam"]["mIoU"] == figures[0]["validation"]["mIoU"]
+    system, _ = evaluate.load_system(tmp_path / "ppl")
+    assert system.settings.positions == (3, 1)
+    assert system.network.stage == len(STAGES[mode]) - 1
+
+
+def test_a_run_killed_in_the_last_stage_ends_as_an_unbroken_one(tmp_path):
+    voc = make_voc(tmp_path / "voc")
+
+    def command(out, prelude=""):
+        settings = "--backbone tiny --size 32 --batch-size 4 --epochs 1 --stage-epochs 1"
+        further = "--workers 0 --device cpu --panels 2 --save-every 0"
+        options = ["ppl", "--data", str(voc), "--out", str(out), *settings.split(), *further.split()]
+        return [sys.executable, "-c", prelude + RUNNER, *options]
+
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
+
+    def run(out, prelude=""):
+        return subprocess.run(command(out, prelude), env=environment, capture_output=True, text=True, check=False)
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = run(whole)
+    assert done.returncode == 0, done.stderr
+    assert run(broken, KILLED).returncode == -signal.SIGKILL
+    again = run(broken)
+    assert again.returncode == 0, again.stderr
+    assert "resuming at patches2, epoch 1, step 3" in again.stdout
+    found = [json.loads((out / "metrics.json").read_text())["stages"] for out in (whole, broken)]
+    assert found[0] == found[1]
+    assert list(found[0]) == STAGES["progressive"]
+    models = [checkpoints.load(out / "model.pt")["network"] for out in (whole, broken)]
+    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0] if torch.is_tensor(models[0][key]))
+    for folder in (whole, whole / "cam", whole / "patches1"):
+        assert {"metrics.json", "curve.png", "panels.png"} <= {file.name for file in folder.iterdir()}
