@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 
 from ..measure import Function
-from . import deform, esol, ocr, patch
+from . import deform, esol, ocr, patch, ppl
 from .case import Case
 
-CASES: list[Case] = [*deform.CASES, *esol.CASES, *ocr.CASES, *patch.CASES]
+CASES: list[Case] = [*deform.CASES, *esol.CASES, *ocr.CASES, *patch.CASES, *ppl.CASES]
 # Per operator, calls on inputs too small to matter.
 OVERHEADS: dict[str, Callable[[torch.device], dict[str, Function]]] = {
     "deform_conv2d": deform.overhead,
