@@ -1,4 +1,4 @@
-"""`wsss-ops demo`: what is installed, fused against reference, a small benchmark, CAM and ESOL on generated scenes."""
+"""`wsss-ops demo`: what is installed, fused against reference, a small benchmark, systems on generated scenes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"{name:14} largest difference: output {forward:.1e}, gradient {backward:.1e}")
 
     heading("3. Time and memory (wsss-ops bench has more rounds, and torch.compile'd references)")
-    operators = [op for op in runner.OPERATORS if op != "esol"]  # whole training steps take too long
+    operators = [op for op in runner.OPERATORS if op not in ("esol", "ppl")]  # whole training steps take too long
     results = runner.run(device, operators, rounds=5, compiled=False)
     print(report.table(results))
 
@@ -54,6 +54,9 @@ def main(arguments: argparse.Namespace) -> int:
     heading("5. ESOL on that CAM: offsets that expand it, then offsets that shrink it to the object")
     train_on_scenes("esol", out / "esol", start=out / "cam")
 
+    heading("6. PPL on that CAM: its last blocks look at patches of the map, too")
+    train_on_scenes("ppl", out / "ppl", start=out / "cam")
+
     heading(f"Done in {time.monotonic() - started:.0f} s")
     if importlib.util.find_spec("matplotlib") is not None:
         report.plot(results, out / "bench.png")
@@ -63,7 +66,8 @@ def main(arguments: argparse.Namespace) -> int:
         print("plots left out: they need matplotlib (pip install matplotlib)")
     print(f"{out / 'cam' / 'panels.png'}: scenes, ground truth, CAM and prediction")
     print(f"{out / 'esol' / 'displacements.png'}: where ESOL's sampler looks")
-    print(f"{out / 'cam' / 'metrics.json'}, {out / 'esol' / 'metrics.json'}: the figures above")
+    print(f"{out / 'ppl' / 'panels.png'}: the CAM after patch learning")
+    print(f"{', '.join(str(out / name / 'metrics.json') for name in ('cam', 'esol', 'ppl'))}: the figures above")
     return 0
 
 
