@@ -82,6 +82,19 @@ def test_a_dilated_depthwise_convolution_has_the_gradients_of_a_plain_one(kernel
     torch.testing.assert_close(*gradients)
 
 
+def test_a_dilated_depthwise_convolution_learns_under_autocast():
+    conv, norm = nn.Conv2d(6, 6, 3, padding=2, dilation=2, groups=6, bias=False), nn.BatchNorm2d(6).eval()
+    x = torch.randn(3, 6, 9, 11, requires_grad=True)
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = backbones._conv_norm(conv, norm, x)
+        y.float().square().sum().backward()
+        gradients.append((x.grad.clone(), conv.weight.grad.clone()))
+        x.grad = conv.weight.grad = None
+    torch.testing.assert_close(*gradients, rtol=0.02, atol=0.5)
+
+
 def test_lite0_equals_its_package():
     from efficientnet_lite_pytorch import EfficientNet
 

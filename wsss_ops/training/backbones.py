@@ -101,7 +101,9 @@ class _DilatedDepthwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
-        x, weight = ctx.saved_tensors
+        x, weight = (
+            tensor.to(gradient.dtype) for tensor in ctx.saved_tensors
+        )  # autocast may have lowered the output's
         x_gradient = None
         if ctx.needs_input_grad[0]:
             x_gradient = nn.functional.conv2d(gradient, weight.flip(2, 3), None, *ctx.settings)
