@@ -114,8 +114,10 @@ class OcrSystem(Segmenter):
             ranking = self.ops.ocr_loss(
                 logits, with_background(batch.tags), prior=self.network.prior if settings.prior == "tags" else None,
                 threshold=settings.ocr_threshold, margin=settings.ocr_margin, scale=settings.ocr_scale,
-                ignore=~valid, size=size, align_corners=True,
+                ignore=~valid, size=size, align_corners=True, reduction="sum",
             )  # fmt: skip
+            # Over all pixels, as the cross-entropy: the fewer are out of candidate, the less they pull.
+            ranking = ranking / valid.sum().clamp_min(1)
             loss = loss + settings.ocr_weight * ranking
             figures["OCR"] = ranking.detach()
         return loss, {"loss": loss.detach()} | figures
