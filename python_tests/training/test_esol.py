@@ -245,6 +245,8 @@ def test_a_run_killed_in_the_expansion_ends_as_an_unbroken_one(tmp_path):
     done = run(whole)
     assert done.returncode == 0, done.stderr
     assert run(broken, KILLED).returncode == -signal.SIGKILL
+    assert (broken / "cam.pt").exists()
+    assert not (broken / "model.pt").exists()  # an unfinished run is not taken for a finished one
     again = run(broken)
     assert again.returncode == 0, again.stderr
     assert "resuming at expansion, epoch 1, step 3" in again.stdout

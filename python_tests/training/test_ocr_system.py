@@ -244,15 +244,30 @@ def test_a_run_is_compared_with_its_baseline(voc, cams, tmp_path, capsys):
     assert torch.equal(prior, reference.annotation_correlation(tags))
 
 
-def test_evaluate_repeats_the_figures_of_training(voc, cams, tmp_path):
+def test_evaluate_repeats_the_figures_of_training(voc, cams, tmp_path, capsys):
     assert run(*command("ocr", voc, tmp_path / "run", "--cams", cams)) == 0
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
-    options = ["--checkpoint", tmp_path / "run", "--out", tmp_path / "again", "--device", "cpu"]
-    assert evaluate.main(parser.parse_args([str(option) for option in options])) == 0
-    figures = [json.loads((tmp_path / out / "metrics.json").read_text())["validation"] for out in ("run", "again")]
-    assert figures[0] == figures[1]
-    assert (tmp_path / "again/oc.png").exists()
+
+    def evaluated(checkpoint, out, *more):
+        options = ["--checkpoint", checkpoint, "--out", tmp_path / out, "--device", "cpu", *more]
+        return evaluate.main(parser.parse_args([str(option) for option in options]))
+
+    assert evaluated(tmp_path / "run", "again") == 0
+    before = (tmp_path / "run/metrics.json").read_text()
+    assert json.loads(before)["validation"] == json.loads((tmp_path / "again/metrics.json").read_text())["validation"]
+    capsys.readouterr()
+    assert evaluated(tmp_path / "run", "compared", "--baseline", tmp_path / "run") == 0
+    assert (
+        len([line for line in capsys.readouterr().out.splitlines() if line.startswith(("baseline", "this run"))]) == 2
+    )
+    widths = [Image.open(tmp_path / out / "oc.png").width for out in ("again", "compared")]
+    assert widths[1] > widths[0]
+    assert evaluated(tmp_path / "run", "run") == 2
+    assert "is the folder of a training run, whose figures stay" in capsys.readouterr().err
+    assert (tmp_path / "run/metrics.json").read_text() == before
+    assert evaluated(cams, "other", "--baseline", tmp_path / "run") == 2
+    assert "--baseline is for runs of ocr" in capsys.readouterr().err
 
 
 RUNNER = """
@@ -336,7 +351,8 @@ def test_what_does_not_fit_is_an_error_before_anything_is_made(voc, cams, tmp_pa
     record = {"threshold": 0.5, "training_images": "2 images, labels 0"}
     checkpoints.write_json(tmp_path / "old/pseudo_labels/labels.json", record)
     cases = [
-        (["--cams", tmp_path / "none"], f"{tmp_path}/none does not exist"),
+        (["--cams", tmp_path / "none"], f"cams: {tmp_path}/none does not exist"),
+        (["--cams", cams, "--baseline", tmp_path / "none"], f"baseline: {tmp_path}/none does not exist"),
         (["--cams", cams / "model.pt"], "cam_threshold must be given, because"),
         (["--cams", tmp_path / "bare"], "is a run of a segmentation network that has no pseudo-labels"),
         (["--cams", tmp_path / "old"], "are of 2 images, labels 0, not of these data"),

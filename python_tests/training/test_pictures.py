@@ -14,6 +14,7 @@ from wsss_ops.training.pictures import (
     overlay,
     palette,
     save_curve,
+    save_displacements,
     save_panels,
 )
 
@@ -234,3 +235,27 @@ def test_curve_keeps_out_of_the_global_state_of_pyplot(tmp_path: Path) -> None:
     sys.modules.pop("matplotlib.pyplot", None)
     save_curve(tmp_path / "curve.png", THRESHOLDS, CURVES, 0.5, "title")
     assert "matplotlib.pyplot" not in sys.modules
+
+
+@pytest.mark.parametrize(("length", "drawn"), [(20.0, 20), (1.0, 4), (0.0, 0)])
+def test_displacements_are_drawn_from_cells_to_where_they_point(tmp_path: Path, length: float, drawn: int) -> None:
+    """To the right, on grey photos of 256 pixels (drawn twice as large); short ones are drawn longer."""
+    field = torch.zeros(2, 3, 3)
+    field[1] = length
+    photo = np.full((3, 256, 256), 128, np.uint8)
+    save_displacements(tmp_path / "d.png", [(photo, field, f"photo {number}") for number in range(5)])
+    sheet = np.asarray(Image.open(tmp_path / "d.png")).astype(int)
+    assert sheet.shape[1] > 4 * 512  # four columns, and a second row
+    assert sheet.shape[0] > 2 * 512
+    red = (sheet[:, :, 0] > 180) & (sheet[:, :, 1] < 60)
+    top, left = GAP + 2 * 23, GAP  # of the first photo
+    middle = red[top + 255 - 3 : top + 255 + 4, left + 255 : left + 255 + 200]
+    reach = int(middle.any(0).nonzero()[0].max(initial=0))
+    assert reach == pytest.approx(2 * drawn, abs=2)
+
+
+def test_displacements_of_a_wrong_shape_are_refused(tmp_path: Path) -> None:
+    photo = np.zeros((3, 8, 8), np.uint8)
+    with pytest.raises(ValueError, match=r"pictures\[0\] \(odd\): displacements must be"):
+        save_displacements(tmp_path / "d.png", [(photo, np.zeros((3, 2, 2), np.float32), "odd")])
+    assert not list(tmp_path.iterdir())

@@ -21,7 +21,9 @@ class SettingsAfterCam(Settings):
     """Settings of the systems whose first stage is the CAM."""
 
     start: str | None = option(
-        str, None, "finished cam run, or its model.pt, to take the stage cam from; default: it is trained"
+        str,
+        None,
+        "finished cam run, or its model.pt, to take the stage cam from, instead of training it for --epochs",
     )
 
 

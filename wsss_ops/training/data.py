@@ -48,6 +48,10 @@ class Dataset(Protocol):
 
     def __getitem__(self, index: int) -> Sample: ...
 
+    def name(self, index: int) -> str:
+        """That of the sample, which is not read for it."""
+        ...
+
 
 def open_dataset(path: str | os.PathLike[str] | None, split: str, *, check: str = "auto") -> Dataset:
     """Opens a split ("train", "dev" or "val") of a VOC-layout folder or zip, or of the generated scenes (path None).
@@ -163,6 +167,9 @@ class VocDataset:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def name(self, index: int) -> str:
+        return self.ids[index]
 
     def __getitem__(self, index: int) -> Sample:
         name = self.ids[index]

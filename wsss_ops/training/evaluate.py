@@ -1,6 +1,7 @@
 """`wsss-ops evaluate`: the figures of a trained model."""
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from wsss_ops.training import checkpoints
 from wsss_ops.training.data import open_dataset
 from wsss_ops.training.processes import join_processes
 from wsss_ops.training.report import can_draw_curves, evaluate_and_report
-from wsss_ops.training.system import System
+from wsss_ops.training.system import Segmenter, System
 from wsss_ops.training.train import SYSTEMS, load_ops
 
 
@@ -17,18 +18,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="model.pt, or the run folder that holds it")
     parser.add_argument("--data", help="VOC-layout folder or zip; default: what the model was trained on")
     parser.add_argument("--scales", type=float, nargs="+", help="image scales; default: those of its training run")
-    parser.add_argument("--panels", type=int, default=8, help="images shown in panels.png")
+    parser.add_argument("--panels", type=int, default=8, help="images shown in panels.png (default: 8)")
+    parser.add_argument("--baseline", help="for runs of ocr: another one to compare figures and pictures with")
     parser.add_argument("--out", type=Path, required=True, help="folder for metrics.json and pictures")
-    parser.add_argument("--ops", choices=("fused", "reference"), default="fused", help="which operators")
-    parser.add_argument("--check", choices=("auto", "headers", "full"), default="auto", help="of the data")
+    parser.add_argument(
+        "--ops", choices=("fused", "reference"), default="fused", help="which operators (default: fused)"
+    )
+    parser.add_argument(
+        "--check",
+        choices=("auto", "headers", "full"),
+        default="auto",
+        help="how closely to check the data (default: auto, full up to 5000 images)",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs the parsed command; returns the exit status."""
     try:
+        if (args.out / checkpoints.SETTINGS).exists():
+            raise ValueError(f"{args.out} is the folder of a training run, whose figures stay; choose another --out")
         with join_processes(args.device) as processes:
             system, classes = load_system(args.checkpoint, args.ops)
+            if args.baseline is not None:
+                if not isinstance(system, Segmenter):
+                    raise ValueError(f"--baseline is for runs of ocr, {args.checkpoint} is none")
+                system.settings = dataclasses.replace(system.settings, baseline=args.baseline)
+                system.baseline()  # an error before the evaluation where it does not fit
             path = args.data or system.settings.data
             data = {split: open_dataset(path, split, check=args.check) for split in ("dev", "val")}
             if tuple(classes) != data["val"].classes:

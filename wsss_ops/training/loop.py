@@ -70,7 +70,7 @@ class Training:
     """The training of one system into one run folder.
 
     save_every: seconds between checkpoints within an epoch; one is written at the end of every epoch besides.
-    about: what model files hold beside the network. model.pt is that of the last finished stage; where there are
+    about: what model files hold beside the network. model.pt comes with the end of the last stage; where there are
     several stages, each leaves a file of its name too. start: the network's state after the first stage, trained
     elsewhere; what the first stage lacks keeps its initial value.
     """
@@ -147,7 +147,9 @@ class Training:
     def _save_model(self, stage: str) -> None:
         if self.processes.is_main:
             content = self.about | {"network": self.system.network.state_dict()}
-            names = [checkpoints.MODEL] + [f"{stage}.pt"] * (len(self.stages) > 1)
+            names = [f"{stage}.pt"] if len(self.stages) > 1 else []
+            if stage == self.stages[-1].name:
+                names.append(checkpoints.MODEL)
             for name in names:
                 checkpoints.save(self.out / name, content)
 

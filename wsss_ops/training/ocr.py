@@ -35,9 +35,12 @@ class OcrSettings(Settings):
         float, None, "background threshold of the pseudo-labels; default: that of the CAM run's evaluation"
     )
     ocr_weight: float = option(float, 1.0, "weight of the OCR loss beside cross-entropy (the paper's lambda); 0: none")
-    ocr_threshold: float = option(float, 0.0, "share of the largest correlation that the classes ranked first need")
-    ocr_margin: float = option(float, 0.0, "margin of the ranking")
-    ocr_scale: float = option(float, 1.0, "scale of logits in the ranking")
+    ocr_threshold: float = option(
+        float, 0.0, "a candidate is ranked above the other classes if its correlation with the predicted class is at "
+        "least this share of the largest; 0: all candidates",
+    )  # fmt: skip
+    ocr_margin: float = option(float, 0.0, "by how much candidates are to exceed the other classes' logits")
+    ocr_scale: float = option(float, 1.0, "what logits are multiplied by in the ranking")
     prior: str = option(
         str, "tags", "correlation of classes: that of the training labels, or none", choices=("tags", "none")
     )
@@ -162,7 +165,10 @@ class OcrSystem(Segmenter):
         if self.settings.baseline is None:
             return None
         path = Path(self.settings.baseline)
-        system, _ = load_system(path)
+        try:
+            system, _ = load_system(path)
+        except ValueError as error:
+            raise ValueError(f"baseline: {error}") from error
         if not isinstance(system, OcrSystem) or not (path / checkpoints.METRICS).exists():
             raise ValueError(f"baseline: {path} is no finished and evaluated run of this system")
         return system, checkpoints.read_json(path / checkpoints.METRICS)
@@ -175,7 +181,10 @@ class OcrSystem(Segmenter):
         from wsss_ops.training.evaluate import load_system
 
         path, threshold = Path(self.settings.cams), self.settings.cam_threshold
-        system, classes = load_system(path)
+        try:
+            system, classes = load_system(path)
+        except ValueError as error:
+            raise ValueError(f"cams: {error}") from error
         if isinstance(system, Segmenter):
             raise ValueError(f"cams: {path} is a run of a segmentation network that has no pseudo-labels")
         if classes != tuple(dataset.classes):

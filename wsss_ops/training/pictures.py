@@ -27,6 +27,8 @@ _ENLARGED_TO, _REDUCED_TO = (
     384,
 )  # pictures are enlarged by whole factors up to, and reduced to, this side
 _OUTSIDE = (214, 30, 50)
+_DISPLACED_COLUMNS = 4
+_VISIBLE, _MOST_TIMES_LONGER = 4, 50  # pixels that a displacement is drawn long at least, where that suffices
 _HEAT = ((0.06, 0.05, 0.26), (0.16, 0.26, 0.78), (0.10, 0.72, 0.68), (0.99, 0.84, 0.20), (0.86, 0.10, 0.06))
 
 
@@ -114,41 +116,59 @@ def save_outside(
 
 
 def save_displacements(path: str | os.PathLike[str], pictures: Sequence[tuple[Array, Array, str]]) -> None:
-    """Saves a PNG of photographs with a line from each cell to the point where a sampler looks instead.
+    """Saves a PNG of photographs, side by side, with a line from each cell to the point where a sampler looks instead.
 
     pictures: image uint8 [3, H, W]; displacements float [2, h, w] in pixels, y before x, for cells that are spread
-    evenly, the first and last on the image's edges; and a title. Raises ValueError for other shapes.
+    evenly, the first and last on the image's edges; and a title. Lines that would be hard to see are drawn longer, by
+    a factor that the heading tells. Raises ValueError for other shapes.
     """
-    drawn = []
+    checked = []
     for number, (image, field, title) in enumerate(pictures):
         try:
             photo = _checked("image", image, np.uint8, (3, None, None)).transpose(1, 2, 0)
             shifts = _checked("displacements", field, np.floating, (2, None, None))
         except ValueError as error:
             raise ValueError(f"pictures[{number}] ({title}): {error}") from error
-        factor = max(1, 2 * _ENLARGED_TO // max(photo.shape[:2]))
-        picture = Image.fromarray(photo // 2 + 96).resize((photo.shape[1] * factor, photo.shape[0] * factor))
-        draw = ImageDraw.Draw(picture)
-        rows, columns = (
-            np.linspace(0, side - 1, cells) * factor
-            for side, cells in zip(photo.shape[:2], shifts.shape[1:], strict=True)
-        )
-        for i, y in enumerate(rows):
-            for j, x in enumerate(columns):
-                end_y, end_x = y + factor * float(shifts[0, i, j]), x + factor * float(shifts[1, i, j])
-                draw.line((x, y, end_x, end_y), (200, 20, 40), 2)
-                draw.ellipse((x - 2, y - 2, x + 2, y + 2), (20, 30, 60))
-        drawn.append((picture, title))
-    width = max(picture.width for picture, _ in drawn) + 2 * GAP
-    height = sum(picture.height + _LINE + GAP for picture, _ in drawn) + GAP
-    sheet = Image.new("RGB", (width, height), _PAPER)
-    top = GAP
-    for picture, title in drawn:
-        text = ImageDraw.Draw(sheet)
-        text.text((GAP, top + 2), _shortened(title, width - 2 * GAP), _MUTED, _font())
-        sheet.paste(picture, (GAP, top + _LINE))
-        top += picture.height + _LINE + GAP
+        checked.append((photo, shifts, title))
+    mean = float(np.mean([np.hypot(*shifts).mean() for _, shifts, _ in checked]))
+    longer = max(1, min(_MOST_TIMES_LONGER, round(_VISIBLE / max(mean, 1e-6))))
+    heading = f"dot: a cell of the map; line: to where it looks instead, {mean:.1f} pixels away on average"
+    heading += f", drawn {longer} times as long" * (longer > 1)
+
+    drawn = [(_displaced(photo, shifts, longer), title) for photo, shifts, title in checked]
+    cell = max(picture.width for picture, _ in drawn)
+    rows = [drawn[first : first + _DISPLACED_COLUMNS] for first in range(0, len(drawn), _DISPLACED_COLUMNS)]
+    width = max(GAP + max(map(len, rows)) * (cell + GAP), int(_font().getlength(heading)) + 2 * GAP)
+    sheet = Image.new(
+        "RGB", (width, GAP + _LINE + sum(max(p.height for p, _ in r) + _LINE + GAP for r in rows)), _PAPER
+    )
+    draw = ImageDraw.Draw(sheet)
+    draw.text((GAP, GAP), heading, _INK, _font())
+    top = GAP + _LINE
+    for row in rows:
+        for column, (picture, title) in enumerate(row):
+            left = GAP + column * (cell + GAP)
+            draw.text((left, top + 2), _shortened(title, cell), _MUTED, _font())
+            sheet.paste(picture, (left, top + _LINE))
+        top += max(picture.height for picture, _ in row) + _LINE + GAP
     write_atomic(Path(path), lambda file: sheet.save(file, "PNG"))
+
+
+def _displaced(photo: NDArray[np.generic], shifts: NDArray[np.generic], longer: int) -> Image.Image:
+    """A pale photo with a dot for each cell and a line to where it looks."""
+    height, width = photo.shape[:2]
+    factor = max(1, 2 * _ENLARGED_TO // max(height, width))
+    picture = Image.fromarray(photo // 2 + 96).resize((width * factor, height * factor))
+    draw = ImageDraw.Draw(picture)
+    rows, columns = (
+        np.linspace(0, side - 1, cells) * factor for side, cells in zip((height, width), shifts.shape[1:], strict=True)
+    )
+    for i, y in enumerate(rows):
+        for j, x in enumerate(columns):
+            end_y, end_x = (at + factor * longer * float(s) for at, s in zip((y, x), shifts[:, i, j], strict=True))
+            draw.line((x, y, end_x, end_y), (200, 20, 40), 2)
+            draw.ellipse((x - 2, y - 2, x + 2, y + 2), (20, 30, 60))
+    return picture
 
 
 def has_matplotlib() -> bool:

@@ -30,6 +30,9 @@ class PseudoLabelled:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def name(self, index: int) -> str:
+        return self.dataset.name(index)
+
     def __getitem__(self, index: int) -> Sample:
         sample = self.dataset[index]
         return sample._replace(mask=read_label(self.folder, sample))
@@ -61,7 +64,8 @@ def make_pseudo_labels(
         folder.mkdir(parents=True, exist_ok=True)
     processes.wait()
     mine = range(processes.rank, len(dataset), processes.count)
-    todo = [index for index in mine if not (folder / f"{dataset[index].name}.png").exists()]
+    todo = [index for index in mine if not (folder / f"{dataset.name(index)}.png").exists()]
+    processes.print(f"making pseudo-labels of {len(dataset)} images in {folder}")
     stream = stream_cams(system, dataset, todo, scales, processes.device)
     bar = tqdm(stream, "pseudo-labels", len(mine), initial=len(mine) - len(todo),
                disable=None if processes.is_main else True)  # fmt: skip

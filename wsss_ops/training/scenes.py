@@ -179,8 +179,10 @@ class SceneDataset:
         numbers = np.array([0, *(CLASSES.index(name) for name in self._objects[index])], np.uint8)
         mask = numbers[canvas.owner + 1]
         mask[_border(canvas.owner, max(1, self.size // 96))] = VOID
-        name = f"{self.split}-{self.seed}-{index % len(self):05d}"
-        return Sample(torch.from_numpy(image), torch.from_numpy(mask), self.tags[index].clone(), name)
+        return Sample(torch.from_numpy(image), torch.from_numpy(mask), self.tags[index].clone(), self.name(index))
+
+    def name(self, index: int) -> str:
+        return f"{self.split}-{self.seed}-{index % len(self):05d}"
 
     def parts(self, index: int) -> Tensor:
         """What each pixel shows, uint8 [size, size]: HEAD or BODY of an object, SURROUNDINGS (water,

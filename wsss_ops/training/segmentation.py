@@ -98,8 +98,9 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> str:
     lines = ["", f"{'validation':<12}{'mIoU':>8}{'OC pixels':>11}{'precision':>11}{'recall':>8}"]
     for name, result in (("baseline", before), ("this run", after)):
         own = result["validation"]
-        cells = [float("nan") if own[key] is None else own[key] for key in ("mIoU", "oc_rate", "precision", "recall")]
-        lines.append(f"{name:<12}{cells[0]:>8.4f}{cells[1]:>11.2%}{cells[2]:>11.4f}{cells[3]:>8.4f}")
+        columns = (("mIoU", 8, ".4f"), ("oc_rate", 11, ".2%"), ("precision", 11, ".4f"), ("recall", 8, ".4f"))
+        cells = (f"{'-' if own[key] is None else format(own[key], form):>{width}}" for key, width, form in columns)
+        lines.append(f"{name:<12}" + "".join(cells))
     return "\n".join(lines)
 
 

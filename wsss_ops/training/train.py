@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         options = systems.add_parser(name, help=(system.__doc__ or "").splitlines()[0])
         options.add_argument("--out", type=Path, required=True, help="run folder; the same command again resumes")
         add_settings(options, system.Settings)
-        options.add_argument("--ops", choices=OPS, default="fused", help="which operators; both compares them first")
+        options.add_argument(
+            "--ops", choices=OPS, default="fused", help="which operators; both compares them first (default: fused)"
+        )
         options.add_argument("--no-evaluation", action="store_true", help="leave the evaluation at the end out")
         options.add_argument("--panels", type=int, default=8, help="images shown in panels.png (default: 8)")
         options.add_argument(
@@ -86,6 +88,7 @@ def run(
         **{name: str(Path(path).resolve()) for name, path in _paths(settings) if path},
         "training_images": fingerprint(data["train"]),
     }
+    record.pop("baseline", None)  # decides no figure of this run
     checkpoints.check_claim(out, record)
     if (out / checkpoints.METRICS).exists():
         result = checkpoints.read_json(out / checkpoints.METRICS)
@@ -156,7 +159,7 @@ def _evaluate_stages(
 
 
 def _paths(settings: Settings) -> list[tuple[str, str | None]]:
-    return [(name, getattr(settings, name, None)) for name in ("data", "start", "cams", "baseline")]
+    return [(name, getattr(settings, name, None)) for name in ("data", "start", "cams")]
 
 
 def _start_figures(settings: SettingsAfterCam, run: dict[str, Any]) -> dict[str, Any] | None:
