@@ -33,5 +33,9 @@ using OptionalTensor = std::optional<TensorView>;
     return tensor ? tensor->data() : nullptr;
 }
 
+[[maybe_unused]] Strides strides_of(const TensorView& tensor) {
+    return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
+}
+
 }  // namespace
 }  // namespace wsss

@@ -24,6 +24,10 @@ struct Where {
     int threads = 1;
 };
 
+struct Strides {  // of [images][channels][height][width], in elements
+    int64_t image, channel, y, x;
+};
+
 }  // namespace wsss
 
 // WSSS_OPERATION(name, Params) declares `void name(const Params&, const Where&)`, which every backend

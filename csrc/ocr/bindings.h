@@ -10,10 +10,6 @@
 namespace wsss {
 namespace {
 
-ocr::Strides ocr_strides(const TensorView& tensor) {
-    return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
-}
-
 // settings: log of the threshold, margin and scale.
 ocr::Params ocr_params(const TensorView& logits, const TensorView& tags, const OptionalTensor& log_prior,
                        const std::array<double, 3>& settings, int64_t height, int64_t width,
@@ -28,7 +24,7 @@ ocr::Params ocr_params(const TensorView& logits, const TensorView& tags, const O
     p.out_width = width;
     p.align_corners = align_corners;
     p.logits = logits.data();
-    p.strides = ocr_strides(logits);
+    p.strides = strides_of(logits);
     p.tags = reinterpret_cast<const bool*>(tags.data());
     p.log_prior = data_or_null(log_prior);
     p.log_threshold = settings[0];
@@ -74,7 +70,7 @@ void ocr_backward(const TensorView& logits, const TensorView& tags, const Option
     p.winner = reinterpret_cast<int16_t*>(winner.data());
     p.outside_sum = outside_sum.data();
     p.gradient = gradient.data();
-    p.gradient_strides = ocr_strides(gradient);
+    p.gradient_strides = strides_of(gradient);
     p.scratch = data_or_null(scratch);
     run(ocr::backward, p, logits, where);
 }

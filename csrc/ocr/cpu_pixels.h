@@ -4,7 +4,7 @@
 
 #include <limits>
 
-#include "ocr/cpu_memory.h"
+#include "cpu_memory.h"
 #include "ocr/cpu_vector.h"
 #include "ocr/math.h"
 

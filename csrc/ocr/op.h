@@ -13,10 +13,6 @@
 
 namespace wsss::ocr {
 
-struct Strides {  // in elements
-    int64_t image, channel, y, x;
-};
-
 struct Params {
     DType dtype;
     int64_t images, classes;

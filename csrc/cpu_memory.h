@@ -1,5 +1,5 @@
-// Scratch memory. For cpu.cpp alone, which can use no container of the standard library: the members that the
-// compiler does not inline would be one symbol for all instruction sets.
+// Scratch memory for the CPU sources, which can use no container of the standard library: the members that
+// the compiler does not inline would be one symbol for all instruction sets. Included by cpu.cpp files alone.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 #include <cstring>
 #include <new>
 
-namespace wsss::ocr::WSSS_LEVEL {
+namespace wsss {
 namespace {
 
 constexpr int64_t kLineBytes = 64;
@@ -53,4 +53,4 @@ class Memory {  // zeros
 };
 
 }  // namespace
-}  // namespace wsss::ocr::WSSS_LEVEL
+}  // namespace wsss
