@@ -6,6 +6,7 @@
 #include "clip/bindings.h"
 #include "ocr/bindings.h"
 #include "patch/bindings.h"
+#include "prototype/bindings.h"
 
 PYBIND11_MODULE(WSSS_MODULE, m) {
     m.doc() = "Operators of one wsss_ops backend; called by the functions of the package, not by users.";
@@ -14,4 +15,5 @@ PYBIND11_MODULE(WSSS_MODULE, m) {
     wsss::bind_deform(m);
     wsss::bind_ocr(m);
     wsss::bind_patch(m);
+    wsss::bind_prototype(m);
 }

@@ -7,6 +7,7 @@ from .deform import deform_conv2d
 from .ocr import annotation_correlation, ocr_loss, out_of_candidate_rate
 from .patch import patch_merge, patch_split
 from .patch_learning import PatchLearning
+from .prototype import class_prototypes, prototype_cam
 from .sampler import DeformConv2d, DeformSampler
 
 __version__ = "0.1.0"
@@ -16,12 +17,14 @@ __all__ = [
     "DeformSampler",
     "PatchLearning",
     "annotation_correlation",
+    "class_prototypes",
     "clip_features",
     "deform_conv2d",
     "ocr_loss",
     "out_of_candidate_rate",
     "patch_merge",
     "patch_split",
+    "prototype_cam",
     "reference",
     "set_workspace_limit",
 ]
