@@ -30,7 +30,7 @@ CSRC = ROOT / "csrc"
 # One folder per interpreter, outside the temporary folders that pip builds in: what did not change is not rebuilt.
 BUILD = ROOT / "build" / f"{sys.implementation.cache_tag}-{platform.machine()}"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-OPERATORS = ("clip", "deform", "ocr", "patch", "prototype")
+OPERATORS = ("clip", "deform", "msdw", "ocr", "patch", "prototype")
 
 X86_LEVELS = {
     "x86_64": "",

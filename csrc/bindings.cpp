@@ -4,6 +4,7 @@
 
 #include "backend.h"
 #include "clip/bindings.h"
+#include "msdw/bindings.h"
 #include "ocr/bindings.h"
 #include "patch/bindings.h"
 #include "prototype/bindings.h"
@@ -13,6 +14,7 @@ PYBIND11_MODULE(WSSS_MODULE, m) {
     wsss::bind_backend(m);
     wsss::bind_clip(m);
     wsss::bind_deform(m);
+    wsss::bind_msdw(m);
     wsss::bind_ocr(m);
     wsss::bind_patch(m);
     wsss::bind_prototype(m);

@@ -9,6 +9,7 @@ from .patch import patch_merge, patch_split
 from .patch_learning import PatchLearning
 from .prototype import class_prototypes, prototype_cam
 from .sampler import DeformConv2d, DeformSampler
+from .sfc import distribution_coefficients, msdw_loss, normalize_cam
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,9 @@ __all__ = [
     "class_prototypes",
     "clip_features",
     "deform_conv2d",
+    "distribution_coefficients",
+    "msdw_loss",
+    "normalize_cam",
     "ocr_loss",
     "out_of_candidate_rate",
     "patch_merge",
