@@ -10,6 +10,7 @@ from .patch_learning import PatchLearning
 from .prototype import class_prototypes, prototype_cam
 from .sampler import DeformConv2d, DeformSampler
 from .sfc import distribution_coefficients, msdw_loss, normalize_cam
+from .training.image_bank import ImageBank
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,7 @@ __all__ = [
     "DeformConv2d",
     "DeformSampler",
     "PatchLearning",
+    "ImageBank",
     "annotation_correlation",
     "class_prototypes",
     "clip_features",

@@ -11,10 +11,15 @@ from . import deform, esol, ocr, patch, ppl
 from .case import Case
 
 CASES: list[Case] = [*deform.CASES, *esol.CASES, *ocr.CASES, *patch.CASES, *ppl.CASES]
+from . import deform, esol, ocr, patch, prototype
+from .case import Case
+
+CASES: list[Case] = [*deform.CASES, *esol.CASES, *ocr.CASES, *patch.CASES, *prototype.CASES]
 # Per operator, calls on inputs too small to matter.
 OVERHEADS: dict[str, Callable[[torch.device], dict[str, Function]]] = {
     "deform_conv2d": deform.overhead,
     "ocr_loss": ocr.overhead,
     "patch_split": patch.overhead,
+    "prototype_cam": prototype.overhead,
 }
 OPERATORS = sorted({case.op for case in CASES})
