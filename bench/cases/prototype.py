@@ -25,7 +25,7 @@ from .case import Case
 Features = Tensor | list[Tensor]
 LEVELS = ((128, 128), (128, 64), (256, 32), (256, 32))  # channels, side
 SIDE = 32
-BROADCAST_BYTES = 2**30  # of one of its tensors, at most: it holds several at once
+BROADCAST_BYTES = {"cpu": 2**28, "cuda": 2**32}  # of one of its tensors, at most: it holds several at once
 
 
 def prototype_case(
@@ -52,9 +52,8 @@ def prototype_case(
             "floor: 5/2 clones": torch.empty(numbers * 5 // 2, device=on).clone,
             "wsss_ops": step(wsss_ops.prototype_cam),
             "bmm": step(by_products),
-            "reference": step(reference.prototype_cam),
         }
-        if 4 * numbers * classes <= BROADCAST_BYTES:
+        if 4 * numbers * classes <= BROADCAST_BYTES[device]:
             functions["broadcast"] = step(by_broadcast)
         if compiled:
             functions["bmm compiled"] = step(torch.compile(by_products))

@@ -1,24 +1,25 @@
 // prototype_cam on the CPU.
 //
-// P3c: N4 D768 32x32 fp32, 12.6 MB of features, of 21 classes three or four have pixels. The floor is two
-// passes over the features forward (prototypes, then cosines) and two and a written gradient backward: 1 ms
-// at the rate of a copy. Arithmetic: 1 addition and 4 multiply-adds per number forward, 3 and 8 backward,
-// together half of that in vectors of 16.
+// P3c: N4 D768 32x32 fp32, 12.6 MB of features; of 21 classes each image has three. The floor is five passes
+// over as many bytes: the features read twice forward (prototypes, cosines), twice backward (prototypes'
+// gradients, features'), and their gradient written: 2 ms of one core's time at the rate of a copy.
+// Arithmetic beforehand: one addition and four multiply-adds a number forward, three and five backward, in
+// vectors of 16 about half of that. Got, one core's time, NCHW and channels_last: forward 1.8 and 1.8 ms,
+// backward 3.3 and 3.6 ms; the same as two batched products and PyTorch's operators around them 37 and 46 ms.
 //
-// Four kinds of passes; which of the two forms each has depends on the layout, as what is side by side is a
-// lane:
-//   sums over the pixels of a class      add_segments     masked sums of rows     | rows added to their
-//   class's cosines: sums over channels          multiply         multiply_with_columns        |
-//   multiply_with_rows prototypes' gradients: over pixels   multiply         multiply_with_rows           |
-//   multiply_with_columns features' gradients                  write_gradient   rows scaled and added, in
-//   both
+// What is side by side in memory is a lane. So each kind of pass has a form for each layout:
+// - sums over the pixels of a class: masked sums of rows, or rows added to those of their class;
+// - cosines, sums over channels: multiply_with_columns, or multiply_with_rows;
+// - prototypes' gradients, sums over pixels: the other way round;
+// - features' gradients: rows scaled and added, in both.
 // Only classes that have pixels are walked. Threads share out blocks of kBlock pixels or channels of an
-// image, whose sums one thread makes in one order: results do not depend on how many there are.
+// image, whose sums one thread makes in one order: results do not depend on how many threads there are.
 #include <omp.h>
 
 #include "cpu_memory.h"
 #include "prototype/cpu_levels.h"
 #include "prototype/cpu_products.h"
+#include "prototype/cpu_seeds.h"
 
 namespace wsss::prototype::WSSS_LEVEL {
 namespace {
@@ -29,15 +30,6 @@ int count_threads(int64_t numbers, const Where& where) { return numbers < kFewNu
 int count_threads(const Params& p, const Where& where) {
     return count_threads(p.images * p.channels * p.pixels, where);
 }
-
-// A block of the pixels or channels of an image, the unit of a thread's work.
-struct Block {
-    int64_t image, first, count;
-    Block(int64_t unit, int64_t items)
-        : image(unit / ceil_div(items, kBlock)),
-          first(unit % ceil_div(items, kBlock) * kBlock),
-          count(std::min(kBlock, items - first)) {}
-};
 
 // The numbers of an image.
 template <class T>
@@ -218,6 +210,19 @@ void find_weights(const Image<T>& image, const Block& block, const Present& pres
     for (int64_t i = 0; i < block.count; ++i) selves[i] = divide_by_length(selves[i], lengths[i]);
 }
 
+template <class W>
+void find_alongs(const Params& p) {
+    for (int64_t i = 0; i < p.images * p.classes; ++i) {
+        const W* const gradient = static_cast<const W*>(p.gradient) + i * p.pixels;
+        const W* const cosines = static_cast<const W*>(p.cosines) + i * p.pixels;
+        W along = 0;
+        for (int64_t j = 0; j < p.pixels && p.counts[i] > 0; ++j) {
+            along += passes(cosines[j]) ? gradient[j] * cosines[j] : W{0};
+        }
+        static_cast<W*>(p.alongs)[i] = along;
+    }
+}
+
 // shares, of a block of channels.
 template <class T>
 void find_shares(const Image<T>& image, const Block& block, const Present& present) {
@@ -230,15 +235,12 @@ void find_shares(const Image<T>& image, const Block& block, const Present& prese
         multiply(image, block, false, products);
         for (int64_t i = 0; i < products.count; ++i) {
             const int16_t c = present[k + i];
-            W along = 0;
-            for (int64_t j = 0; j < p.pixels; ++j) {
-                if (passes(image.cosines(c)[j])) along += image.cosine_gradient(c)[j] * image.cosines(c)[j];
-            }
+            const W along = static_cast<const W*>(p.alongs)[image.index * p.classes + c];
             const W length = static_cast<const W*>(p.prototype_lengths)[image.index * p.classes + c];
+            const W* const prototype = image.prototype(c) + block.first;
+            W* const shares = image.shares(c) + block.first;
             for (int64_t j = 0; j < block.count; ++j) {
-                const int64_t d = block.first + j;
-                image.shares(c)[d] =
-                    find_share(products.sums[i][j], along, image.prototype(c)[d], length, image.count(c));
+                shares[j] = find_share(products.sums[i][j], along, prototype[j], length, image.count(c));
             }
         }
     }
@@ -341,50 +343,15 @@ template <class T>
 void find_gradient(const Params& p, const Where& where) {
     if (p.gradient != nullptr) {
         each_block<T>(p, p.pixels, where, find_weights<T>);
-        if (p.shares != nullptr) each_block<T>(p, p.channels, where, find_shares<T>);
+        if (p.shares != nullptr) {
+            find_alongs<wide<T>>(p);
+            each_block<T>(p, p.channels, where, find_shares<T>);
+        }
     }
     if (p.channels_last) {
         each_block<T>(p, p.pixels, where, write_pixels<T>);
     } else {
         each_block<T>(p, p.channels, where, write_channels<T>);
-    }
-}
-
-template <class T>
-void find_classes(const SeedParams& p, const Where& where) {
-    using W = wide<T>;
-    const int64_t pixels = p.height * p.width, blocks = ceil_div(pixels, kBlock);
-#pragma omp parallel for num_threads(count_threads(p.images* p.classes* pixels, where))
-    for (int64_t unit = 0; unit < p.images * blocks; ++unit) {
-        const Block block(unit, pixels);
-        const T* const cam = static_cast<const T*>(p.cam) + block.image * p.strides.image;
-        int64_t offsets[kBlock], places[kBlock];
-        for (int64_t i = 0; i < block.count; ++i) {
-            const int64_t pixel = block.first + i;
-            const int64_t y = nearest(pixel / p.width, p.cam_height, p.height);
-            const int64_t x = nearest(pixel % p.width, p.cam_width, p.width);
-            offsets[i] = y * p.strides.y + x * p.strides.x;
-            places[i] = (block.image * p.cam_height + y) * p.cam_width + x;
-        }
-        W best[kBlock];
-        int16_t winners[kBlock] = {};
-        for (int64_t i = 0; i < block.count; ++i) {
-            best[i] = static_cast<W>(cam[offsets[i]]) * static_cast<W>(p.background_scale);
-        }
-        for (int64_t c = 1; c < p.classes; ++c) {
-            const T* const map = cam + c * p.strides.channel;
-            for (int64_t i = 0; i < block.count; ++i) {
-                const W number = static_cast<W>(map[offsets[i]]);
-                const bool larger = is_larger(number, best[i]);
-                best[i] = larger ? number : best[i];
-                winners[i] = larger ? static_cast<int16_t>(c) : winners[i];
-            }
-        }
-        for (int64_t i = 0; i < block.count; ++i) {
-            const bool known =
-                p.tags[block.image * p.classes + winners[i]] && (p.valid == nullptr || p.valid[places[i]]);
-            p.seeds[block.image * pixels + block.first + i] = known ? winners[i] : int16_t{-1};
-        }
     }
 }
 
@@ -410,7 +377,8 @@ void with_type(DType dtype, const Run& run) {
 }  // namespace
 
 void find_seeds(const SeedParams& p, const Where& where) {
-    with_type(p.dtype, [&](auto type) { find_classes<typename decltype(type)::type>(p, where); });
+    const int threads = count_threads(p.images * p.classes * p.height * p.width, where);
+    with_type(p.dtype, [&](auto type) { find_classes<typename decltype(type)::type>(p, threads); });
 }
 void average(const Params& p, const Where& where) {
     with_type(p.dtype, [&](auto type) { find_prototypes<typename decltype(type)::type>(p, where); });

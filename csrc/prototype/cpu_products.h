@@ -17,6 +17,15 @@ constexpr int64_t kBlock = 128;   // pixels or channels whose sums are made at o
 constexpr int64_t kChunk = 1024;  // numbers of a row
 constexpr int kFew = 4;           // classes or rows at once: as many as leave room in the registers
 
+// A block of the pixels or channels of an image, the unit of a thread's work.
+struct Block {
+    int64_t image, first, count;
+    Block(int64_t unit, int64_t items)
+        : image(unit / ceil_div(items, kBlock)),
+          first(unit % ceil_div(items, kBlock) * kBlock),
+          count(std::min(kBlock, items - first)) {}
+};
+
 template <class W>
 using Vec = typename VectorOf<W>::type;
 template <class W>

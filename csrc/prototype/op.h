@@ -70,7 +70,7 @@ struct Params {
     const void* gradient;    // wide, of the cosines; null: `shares` are given, and spread
     void* weights;           // wide [images][classes][pixels]: scratch
     void* selves;            // wide [images][pixels]: scratch
-    void* alongs;            // wide [images][classes]: scratch, on CUDA alone
+    void* alongs;            // wide [images][classes]: scratch
     void* shares;            // wide [images][classes][channels]: what each pixel of a class gets through its
                              // prototype; scratch, unless given; null: nothing
     void* feature_gradient;  // as the features, dense
