@@ -226,6 +226,11 @@ BAD: dict[str, Bad] = {
         ValueError,
         r"cam_w_small must have shape \[2, 3, 2, 5\], got \[2, 2, 2, 5\]",
     ),
+    "no small pixels": (
+        lambda c, t, k: msdw_loss(c, c, c[..., :0], t, k),
+        ValueError,
+        r"cam_w_small must have pixels, got shape \[2, 3, 4, 0\]",
+    ),
     "no classes": (
         lambda c, t, k: msdw_loss(c[:, :0], c[:, :0], c[:, :0], t[:, :0], k),
         ValueError,

@@ -82,6 +82,8 @@ def msdw_loss(
         raise ValueError(f"cam_w must have at least 1 class, got shape {list(cam_w.shape)}")
     check_shape("cam_p", cam_p, cam_w.shape)
     check_shape("cam_w_small", cam_w_small, (n, classes, *cam_w_small.shape[2:]))
+    if cam_w.numel() > 0 and cam_w_small.numel() == 0:
+        raise ValueError(f"cam_w_small must have pixels, got shape {list(cam_w_small.shape)}")
     check_tensor("tags", tags, "N, C", FLOATS + INTEGERS)
     check_shape("tags", tags, (n, classes))
     check_tensor("coefficients", coefficients, "C - 1", FLOATS + INTEGERS)
