@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads) find_prototypes(Params p, Items chan
     }
 }
 
-// A block for each class of each image.
+// A warp for each class of each image.
 template <class W>
 __global__ void __launch_bounds__(kThreads) find_lengths(Params p) {
     using Lanes = Group<false>;

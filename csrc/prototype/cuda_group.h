@@ -42,8 +42,7 @@ struct Group {
     }
 };
 
-// Blocks for `items` of each image: blockIdx.x and the image, which is blockIdx.y or, beyond its limit,
-// further on in x.
+// Where a block finds its items: blocks follow each other image by image.
 struct Items {
     Divisor blocks;
     uint32_t count;
