@@ -64,7 +64,7 @@ struct Divisors {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) find_losses(Params p, Axes<wide<T>> axes, Divisors by) {
+__global__ void __launch_bounds__(kThreads, 2) find_losses(Params p, Axes<wide<T>> axes, Divisors by) {
     using W = wide<T>;
     const uint32_t image = by.classes.quotient(blockIdx.x), c = by.classes.remainder(blockIdx.x, image);
     const Map<T> w(p.cam_w, image, c), q(p.cam_p, image, c), v(p.cam_w_small, image, c);
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads) find_losses(Params p, Axes<wide<T>> 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) find_gradients(Params p, Axes<wide<T>> axes, Divisors by) {
+__global__ void __launch_bounds__(kThreads, 2) find_gradients(Params p, Axes<wide<T>> axes, Divisors by) {
     using W = wide<T>;
     const uint32_t image = by.classes.quotient(blockIdx.x), c = by.classes.remainder(blockIdx.x, image);
     const Map<T> w(p.cam_w, image, c), q(p.cam_p, image, c), v(p.cam_w_small, image, c);

@@ -16,7 +16,7 @@ namespace wsss::prototype {
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) find_classes(SeedParams p, Divisor pixels, Divisor width) {
+__global__ void __launch_bounds__(kThreads, 2) find_classes(SeedParams p, Divisor pixels, Divisor width) {
     using W = wide<T>;
     const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
     if (at >= p.images * p.height * p.width) return;
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) find_classes(SeedParams p, Divisor p
 }
 
 // Whole warps; one addition for all of a warp's pixels of a class.
-__global__ void __launch_bounds__(kThreads) count_pixels(Params p, Divisor blocks) {
+__global__ void __launch_bounds__(kThreads, 2) count_pixels(Params p, Divisor blocks) {
     const uint32_t image = blocks.quotient(blockIdx.x);
     const int64_t pixel = static_cast<int64_t>(blocks.remainder(blockIdx.x, image)) * kThreads + threadIdx.x;
     const int seed = pixel < p.pixels ? p.seeds[image * p.pixels + pixel] : -1;
@@ -106,7 +106,7 @@ __device__ const T* features_of(const Params& p, int64_t image) {
 }
 
 template <class T, bool kTogether>
-__global__ void __launch_bounds__(kThreads) find_prototypes(Params p, Items channels) {
+__global__ void __launch_bounds__(kThreads, 2) find_prototypes(Params p, Items channels) {
     using W = wide<T>;
     using Lanes = Group<kTogether>;
     WSSS_DYNAMIC_SHARED(int16_t, shared);
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads) find_prototypes(Params p, Items chan
 
 // A warp for each class of each image.
 template <class W>
-__global__ void __launch_bounds__(kThreads) find_lengths(Params p) {
+__global__ void __launch_bounds__(kThreads, 2) find_lengths(Params p) {
     using Lanes = Group<false>;
     const int64_t at = blockIdx.x * static_cast<int64_t>(kGroups) + threadIdx.y;
     const bool exists = at < p.images * p.classes;
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads) find_lengths(Params p) {
 }
 
 template <class T, bool kTogether>
-__global__ void __launch_bounds__(kThreads) find_cosines(Params p, Items pixels) {
+__global__ void __launch_bounds__(kThreads, 2) find_cosines(Params p, Items pixels) {
     using W = wide<T>;
     using Lanes = Group<kTogether>;
     WSSS_DYNAMIC_SHARED(int16_t, shared);
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kThreads) find_cosines(Params p, Items pixels)
 
 // weights and selves; a thread for each pixel.
 template <class W>
-__global__ void __launch_bounds__(kThreads) find_weights(Params p, Divisor blocks) {
+__global__ void __launch_bounds__(kThreads, 2) find_weights(Params p, Divisor blocks) {
     const uint32_t image = blocks.quotient(blockIdx.x);
     const int64_t pixel = static_cast<int64_t>(blocks.remainder(blockIdx.x, image)) * kThreads + threadIdx.x;
     if (pixel >= p.pixels) return;
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(kThreads) find_weights(Params p, Divisor block
 
 // alongs; a warp for each class of each image.
 template <class W>
-__global__ void __launch_bounds__(kThreads) find_alongs(Params p) {
+__global__ void __launch_bounds__(kThreads, 2) find_alongs(Params p) {
     using Lanes = Group<false>;
     const int64_t at = blockIdx.x * static_cast<int64_t>(kGroups) + threadIdx.y;
     const bool exists = at < p.images * p.classes;
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kThreads) find_alongs(Params p) {
 }
 
 template <class T, bool kTogether>
-__global__ void __launch_bounds__(kThreads) find_shares(Params p, Items channels) {
+__global__ void __launch_bounds__(kThreads, 2) find_shares(Params p, Items channels) {
     using W = wide<T>;
     using Lanes = Group<kTogether>;
     WSSS_DYNAMIC_SHARED(int16_t, shared);
@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(kThreads) find_shares(Params p, Items channels
 }
 
 template <class T, bool kTogether>
-__global__ void __launch_bounds__(kThreads) write_gradients(Params p, Items pixels) {
+__global__ void __launch_bounds__(kThreads, 2) write_gradients(Params p, Items pixels) {
     using W = wide<T>;
     WSSS_DYNAMIC_SHARED(int16_t, shared);
     const int64_t image = pixels.image();

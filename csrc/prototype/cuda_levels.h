@@ -29,7 +29,7 @@ struct Map {
 };
 
 template <class T, bool kTogether>
-__global__ void __launch_bounds__(kThreads) find_scales(LevelParams p, Map map) {
+__global__ void __launch_bounds__(kThreads, 2) find_scales(LevelParams p, Map map) {
     using W = wide<T>;
     using Lanes = Group<kTogether>;
     const int64_t image = map.items.image();
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads) find_scales(LevelParams p, Map map) 
 }
 
 template <class T, bool kTogether>
-__global__ void __launch_bounds__(kThreads) write_resized(LevelParams p, Map map, Axes<wide<T>> axes) {
+__global__ void __launch_bounds__(kThreads, 2) write_resized(LevelParams p, Map map, Axes<wide<T>> axes) {
     using W = wide<T>;
     using Lanes = Group<kTogether>;
     const int64_t image = map.items.image();
@@ -122,7 +122,7 @@ struct Readers {
 };
 
 template <class T, bool kTogether>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     write_level_gradients(LevelParams p, Map map, Axes<wide<T>> axes) {
     using W = wide<T>;
     using Lanes = Group<kTogether>;
