@@ -17,8 +17,8 @@ __version__ = "0.1.0"
 __all__ = [
     "DeformConv2d",
     "DeformSampler",
-    "PatchLearning",
     "ImageBank",
+    "PatchLearning",
     "annotation_correlation",
     "class_prototypes",
     "clip_features",

@@ -7,14 +7,10 @@ from collections.abc import Callable
 import torch
 
 from ..measure import Function
-from . import deform, esol, ocr, patch, ppl
+from . import deform, esol, ocr, patch, ppl, prototype
 from .case import Case
 
-CASES: list[Case] = [*deform.CASES, *esol.CASES, *ocr.CASES, *patch.CASES, *ppl.CASES]
-from . import deform, esol, ocr, patch, prototype
-from .case import Case
-
-CASES: list[Case] = [*deform.CASES, *esol.CASES, *ocr.CASES, *patch.CASES, *prototype.CASES]
+CASES: list[Case] = [*deform.CASES, *esol.CASES, *ocr.CASES, *patch.CASES, *ppl.CASES, *prototype.CASES]
 # Per operator, calls on inputs too small to matter.
 OVERHEADS: dict[str, Callable[[torch.device], dict[str, Function]]] = {
     "deform_conv2d": deform.overhead,
