@@ -34,7 +34,7 @@ class OcrSettings(Settings):
     cam_threshold: float | None = option(
         float, None, "background threshold of the pseudo-labels; default: that of the CAM run's evaluation"
     )
-    ocr_weight: float = option(float, 1.0, "weight of the OCR loss beside cross-entropy (the paper's lambda); 0: none")
+    ocr_weight: float = option(float, 0.1, "weight of the OCR loss beside cross-entropy (the paper's lambda); 0: none")
     ocr_threshold: float = option(
         float, 0.0, "a candidate is ranked above the other classes if its correlation with the predicted class is at "
         "least this share of the largest; 0: all candidates",
@@ -117,10 +117,8 @@ class OcrSystem(Segmenter):
             ranking = self.ops.ocr_loss(
                 logits, with_background(batch.tags), prior=self.network.prior if settings.prior == "tags" else None,
                 threshold=settings.ocr_threshold, margin=settings.ocr_margin, scale=settings.ocr_scale,
-                ignore=~valid, size=size, align_corners=True, reduction="sum",
+                ignore=~valid, size=size, align_corners=True,
             )  # fmt: skip
-            # Over all pixels, as the cross-entropy: the fewer are out of candidate, the less they pull.
-            ranking = ranking / valid.sum().clamp_min(1)
             loss = loss + settings.ocr_weight * ranking
             figures["OCR"] = ranking.detach()
         return loss, {"loss": loss.detach()} | figures
