@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in about eight minutes and without a network: builds for the GPU that is there, runs
-# the operators' tests on it, looks at the kernels with compute-sanitizer, measures every case, and writes it all down.
+# Everything that only a GPU can show, without a network: builds for the GPU that is there, runs the operators' tests on it,
+# looks at the kernels with compute-sanitizer, measures every case, and writes it all down. Made to fit in eight minutes;
+# steps are stopped at limits that add up to 16. It has not run on a GPU yet.
 #   bench/gpu.sh OUT_DIR
 # Needs nvcc, compute-sanitizer, a CUDA build of torch, and what wsss_ops[test] lists. PYTHON names the interpreter.
 # Each step has a log in OUT_DIR; summary.txt says how each ended. A step that fails does not stop the next ones, except
@@ -36,7 +37,7 @@ sample="cuda and (test_matches_reference or test_dtypes)"
 for tool in memcheck racecheck initcheck synccheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 \
         "$python" -m pytest -q -x python_tests/test_patch.py python_tests/test_clip.py python_tests/test_deform.py \
-        python_tests/test_ocr.py -k "$sample"
+        python_tests/test_ocr.py python_tests/test_prototype.py python_tests/test_sfc.py -k "$sample"
 done
 
 step bench 240 "$python" -m wsss_ops bench --device cuda --rounds 20 --no-compile --out "$out/bench.json" --plot "$out/bench.png"

@@ -88,7 +88,7 @@ class _DilatedDepthwise(torch.autograd.Function):
     """A depthwise convolution of stride 1 that keeps the map's size.
 
     Its input's gradient is the convolution with the kernels turned around. PyTorch's own way there takes ten times as
-    long on a CPU where the convolution is dilated, a fifth of a training step.
+    long on a CPU where the convolution is dilated: with it a training step of EfficientNet-Lite0 is a seventh longer.
     """
 
     @staticmethod
