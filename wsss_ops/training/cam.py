@@ -15,6 +15,8 @@ from wsss_ops.training.batches import Batch
 from wsss_ops.training.settings import Settings, option
 from wsss_ops.training.system import Stage, System
 
+CAM = 0  # the stage
+
 
 @dataclass(frozen=True, kw_only=True)
 class SettingsAfterCam(Settings):
@@ -47,6 +49,27 @@ class CamNetwork(nn.Module):
         """images [N, 3, H, W], normalised -> logits [N, num_classes] and CAM [N, num_classes, h, w]."""
         cam = self.classifier(self.sampler(self.backbone(images)).relu())
         return cam.mean((2, 3)), cam
+
+
+class StagedCamNetwork(CamNetwork):
+    """A CAM network that further stages build on: which one it is in, `stage`, CAM or later, is saved with it.
+
+    Behind the CAM stage BatchNorm in the backbone keeps its statistics.
+    """
+
+    stage = CAM
+
+    def train(self, mode: bool = True) -> "StagedCamNetwork":
+        super().train(mode)
+        if self.stage != CAM:
+            self.backbone.eval()
+        return self
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"stage": self.stage}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.stage = state["stage"]
 
 
 class CamSystem(System):

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from wsss_ops.training.backbones import Backbone
 from wsss_ops.training.batches import Batch
-from wsss_ops.training.cam import CamNetwork, CamSystem, SettingsAfterCam
+from wsss_ops.training.cam import CAM, CamSystem, SettingsAfterCam, StagedCamNetwork
 from wsss_ops.training.settings import Settings, option
 from wsss_ops.training.system import Stage
 
-CAM, EXPANSION, SHRINKAGE = range(3)
+EXPANSION, SHRINKAGE = 1, 2  # the stages behind the CAM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class EsolSettings(SettingsAfterCam):
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
 
-class EsolNetwork(CamNetwork):
+class EsolNetwork(StagedCamNetwork):
     """The CAM network with a sampler for each of the later stages; `stage` says which of them are in use.
 
     The expansion samples the backbone's features with the weight of the CAM's 3x3 layer (`sampler`), or that layer's
@@ -75,7 +75,6 @@ class EsolNetwork(CamNetwork):
             nn.init.dirac_(identity.weight)
             nn.init.zeros_(identity.bias)
         self.clip, self.alpha, self.beta = ops.clip_features, settings.alpha, settings.beta
-        self.stage = CAM
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images [N, 3, H, W], normalised -> logits [N, num_classes] and CAM [N, num_classes, h, w]."""
@@ -106,18 +105,6 @@ class EsolNetwork(CamNetwork):
         if self.stage == EXPANSION:
             return cast(Tensor, self.expansion.offsets(self.source(images)))
         return cast(Tensor, self.shrinkage.offsets(self.expand(images)))
-
-    def train(self, mode: bool = True) -> "EsolNetwork":
-        super().train(mode)
-        if self.stage != CAM:  # what does not learn keeps its statistics too
-            self.backbone.eval()
-        return self
-
-    def get_extra_state(self) -> dict[str, int]:
-        return {"stage": self.stage}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.stage = state["stage"]
 
 
 class _Reversed(torch.autograd.Function):

@@ -20,7 +20,7 @@ from wsss_ops.training.data import VOID, Dataset, fingerprint
 from wsss_ops.training.processes import Processes
 from wsss_ops.training.pseudo_labels import FOLDER, RECORD, PseudoLabelled, make_pseudo_labels
 from wsss_ops.training.settings import Settings, option
-from wsss_ops.training.system import Segmenter, Stage
+from wsss_ops.training.system import Segmenter, Stage, System
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,15 +158,10 @@ class OcrSystem(Segmenter):
             make_pseudo_labels(system, dataset.dataset, scales, threshold, dataset.folder, processes, about)
 
     def baseline(self) -> "tuple[OcrSystem, dict[str, Any]] | None":
-        from wsss_ops.training.evaluate import load_system  # which imports the table of systems, with this one in it
-
         if self.settings.baseline is None:
             return None
         path = Path(self.settings.baseline)
-        try:
-            system, _ = load_system(path)
-        except ValueError as error:
-            raise ValueError(f"baseline: {error}") from error
+        system, _ = _load("baseline", path)
         if not isinstance(system, OcrSystem) or not (path / checkpoints.METRICS).exists():
             raise ValueError(f"baseline: {path} is no finished and evaluated run of this system")
         return system, checkpoints.read_json(path / checkpoints.METRICS)
@@ -176,13 +171,8 @@ class OcrSystem(Segmenter):
 
         Raises ValueError for what is missing or does not fit.
         """
-        from wsss_ops.training.evaluate import load_system
-
         path, threshold = Path(self.settings.cams), self.settings.cam_threshold
-        try:
-            system, classes = load_system(path)
-        except ValueError as error:
-            raise ValueError(f"cams: {error}") from error
+        system, classes = _load("cams", path)
         if isinstance(system, Segmenter):
             raise ValueError(f"cams: {path} is a run of a segmentation network that has no pseudo-labels")
         if classes != tuple(dataset.classes):
@@ -193,6 +183,16 @@ class OcrSystem(Segmenter):
                 raise ValueError(f"cam_threshold must be given, because {path} holds no {checkpoints.METRICS} with one")
             threshold = checkpoints.read_json(metrics)["threshold"]
         return system, threshold
+
+
+def _load(option: str, path: Path) -> tuple[System, tuple[str, ...]]:
+    """`load_system`, whose errors name the option."""
+    from wsss_ops.training.evaluate import load_system  # which imports the table of systems, with this one in it
+
+    try:
+        return load_system(path)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
 
 
 def with_background(tags: Tensor) -> Tensor:

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from wsss_ops.training.backbones import Backbone
-from wsss_ops.training.cam import CamNetwork, CamSystem, SettingsAfterCam
+from wsss_ops.training.cam import CAM, CamSystem, SettingsAfterCam, StagedCamNetwork
 from wsss_ops.training.settings import Settings, option
 from wsss_ops.training.system import Stage
-
-CAM = 0  # the stage; those of patch learning follow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +48,7 @@ class PplSettings(SettingsAfterCam):
             raise ValueError(f"grids must be {len(self.positions)} numbers above 0, as positions are, got {self.grids}")
 
 
-class PplNetwork(CamNetwork):
+class PplNetwork(StagedCamNetwork):
     """The CAM network with branches on patches; `stage` says which of them are in use.
 
     A branch splits the map in front of the backbone's last blocks and runs these and the 3x3 layer (`sampler`) on every
@@ -71,7 +69,6 @@ class PplNetwork(CamNetwork):
         maps = 1 + len(self.branches[0])
         self.patch_classifier = nn.Conv2d(maps * width, num_classes, 1, bias=False)
         self.merge = ops.patch_merge
-        self.stage = CAM
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images [N, 3, H, W], normalised -> logits [N, num_classes] and CAM [N, num_classes, h, w]."""
@@ -92,18 +89,6 @@ class PplNetwork(CamNetwork):
         """Lets `patch_classifier` start as `classifier` on the mean of whole map and branches."""
         maps = self.patch_classifier.in_channels // self.classifier.in_channels
         self.patch_classifier.weight.copy_(self.classifier.weight.repeat(1, maps, 1, 1) / maps)
-
-    def train(self, mode: bool = True) -> "PplNetwork":
-        super().train(mode)
-        if self.stage != CAM:  # patches, and the zeros beyond an image, would change its statistics
-            self.backbone.eval()
-        return self
-
-    def get_extra_state(self) -> dict[str, int]:
-        return {"stage": self.stage}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.stage = state["stage"]
 
 
 class PplSystem(CamSystem):
