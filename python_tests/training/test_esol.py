@@ -1,22 +1,18 @@
 """ESOL: what learns in each stage and in which direction, fused against reference, resumption."""
 
-import argparse
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from training.runs import killed_at, train_apart, train_here
 from training.voc_folder import make_voc
 
 import wsss_ops
 from wsss_ops import reference
-from wsss_ops.training import checkpoints, train
+from wsss_ops.training import checkpoints
 from wsss_ops.training.batches import Batch
 from wsss_ops.training.comparison import compare
 from wsss_ops.training.data import open_dataset
@@ -160,31 +156,6 @@ def test_bad_settings(setting, message):
         EsolSettings(**SMALL, **setting)
 
 
-RUNNER = """
-import argparse, sys
-from wsss_ops.training import train
-parser = argparse.ArgumentParser()
-train.add_arguments(parser)
-sys.exit(train.main(parser.parse_args(sys.argv[1:])))
-"""
-KILLED = """
-import os, signal
-from wsss_ops.training import checkpoints, train
-save = checkpoints.save
-def save_or_die(path, content):
-    save(path, content)
-    if content.get("position") == (1, 0, 2):
-        os.kill(os.getpid(), signal.SIGKILL)
-checkpoints.save = save_or_die
-"""
-
-
-def train_here(*options):
-    parser = argparse.ArgumentParser()
-    train.add_arguments(parser)
-    return train.main(parser.parse_args([str(option) for option in options]))
-
-
 def test_a_run_can_start_from_a_finished_cam_run(tmp_path, capsys):
     voc = make_voc(tmp_path / "voc")
     common = ["--data", voc, "--backbone", "tiny", "--size", 32, "--batch-size", 4, "--workers", 0, "--device", "cpu"]
@@ -230,21 +201,17 @@ def test_a_start_that_does_not_fit_is_an_error(tmp_path, capsys, options, messag
 def test_a_run_killed_in_the_expansion_ends_as_an_unbroken_one(tmp_path):
     voc = make_voc(tmp_path / "voc")
 
-    def command(out, prelude=""):
-        settings = "--backbone tiny --size 32 --batch-size 4 --epochs 1 --expansion-epochs 1 --shrinkage-epochs 1"
-        further = "--workers 0 --device cpu --panels 2 --save-every 0"
-        options = ["esol", "--data", str(voc), "--out", str(out), *settings.split(), *further.split()]
-        return [sys.executable, "-c", prelude + RUNNER, *options]
-
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
+    settings = "--backbone tiny --size 32 --batch-size 4 --epochs 1 --expansion-epochs 1 --shrinkage-epochs 1"
+    further = "--workers 0 --device cpu --panels 2 --save-every 0"
 
     def run(out, prelude=""):
-        return subprocess.run(command(out, prelude), env=environment, capture_output=True, text=True, check=False)
+        options = ["esol", "--data", voc, "--out", out, *settings.split(), *further.split()]
+        return train_apart(*options, prelude=prelude)
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = run(whole)
     assert done.returncode == 0, done.stderr
-    assert run(broken, KILLED).returncode == -signal.SIGKILL
+    assert run(broken, killed_at(1, 0, 2)).returncode == -signal.SIGKILL
     assert (broken / "cam.pt").exists()
     assert not (broken / "model.pt").exists()  # an unfinished run is not taken for a finished one
     again = run(broken)

@@ -2,11 +2,8 @@
 
 import argparse
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from training.runs import killed_at, train_apart, train_here
 from training.systems import ToySystem
 from training.voc_folder import make_voc, save_mask
 
@@ -40,16 +38,10 @@ def command(system, voc, out, *more):
     return [system, "--data", str(voc), *COMMON.split(), "--out", str(out), *map(str, more)]
 
 
-def run(*options):
-    parser = argparse.ArgumentParser()
-    train.add_arguments(parser)
-    return train.main(parser.parse_args(list(options)))
-
-
 @pytest.fixture(scope="module")
 def cams(voc, tmp_path_factory):
     out = tmp_path_factory.mktemp("ocr") / "cams"
-    assert run(*command("cam", voc, out)) == 0
+    assert train_here(*command("cam", voc, out)) == 0
     return out
 
 
@@ -225,10 +217,10 @@ def test_fused_and_reference_agree(prior):
 
 def test_a_run_is_compared_with_its_baseline(voc, cams, tmp_path, capsys):
     without, again = tmp_path / "without", tmp_path / "with"
-    assert run(*command("ocr", voc, without, "--cams", cams, "--ocr-weight", 0)) == 0
+    assert train_here(*command("ocr", voc, without, "--cams", cams, "--ocr-weight", 0)) == 0
     record = json.loads((without / "pseudo_labels/labels.json").read_text())
     assert record["threshold"] == json.loads((cams / "metrics.json").read_text())["threshold"]
-    assert run(*command("ocr", voc, again, "--cams", without, "--baseline", without)) == 0
+    assert train_here(*command("ocr", voc, again, "--cams", without, "--baseline", without)) == 0
     assert not (again / "pseudo_labels").exists()
     printed = capsys.readouterr().out
     figures = [json.loads((out / "metrics.json").read_text())["validation"] for out in (without, again)]
@@ -244,7 +236,7 @@ def test_a_run_is_compared_with_its_baseline(voc, cams, tmp_path, capsys):
 
 
 def test_evaluate_repeats_the_figures_of_training(voc, cams, tmp_path, capsys):
-    assert run(*command("ocr", voc, tmp_path / "run", "--cams", cams)) == 0
+    assert train_here(*command("ocr", voc, tmp_path / "run", "--cams", cams)) == 0
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
 
@@ -269,15 +261,7 @@ def test_evaluate_repeats_the_figures_of_training(voc, cams, tmp_path, capsys):
     assert "--baseline is for runs of ocr" in capsys.readouterr().err
 
 
-RUNNER = """
-import argparse, sys
-from wsss_ops.training import train
-parser = argparse.ArgumentParser()
-train.add_arguments(parser)
-sys.exit(train.main(parser.parse_args(sys.argv[1:])))
-"""
-KILLED = {
-    "label": """
+KILLED_LABELLING = """
 import os, signal
 from wsss_ops.training import checkpoints
 write, written = checkpoints.write_atomic, []
@@ -287,33 +271,19 @@ def write_or_die(path, content):
     if sum(file.suffix == ".png" for file in written) == 5:
         os.kill(os.getpid(), signal.SIGKILL)
 checkpoints.write_atomic = write_or_die
-""",
-    "step": """
-import os, signal
-from wsss_ops.training import checkpoints
-save = checkpoints.save
-def save_or_die(path, content):
-    save(path, content)
-    if content.get("position") == (0, 1, 2):
-        os.kill(os.getpid(), signal.SIGKILL)
-checkpoints.save = save_or_die
-""",
-}
+"""
 
 
 def test_a_run_killed_twice_ends_as_an_unbroken_one(voc, cams, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
-
     def started(out, prelude=""):
-        arguments = [sys.executable, "-c", prelude + RUNNER, *command("ocr", voc, out, "--cams", cams)]
-        return subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+        return train_apart(*command("ocr", voc, out, "--cams", cams), prelude=prelude)
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = started(whole)
     assert done.returncode == 0, done.stderr
-    assert started(broken, KILLED["label"]).returncode == -signal.SIGKILL
+    assert started(broken, KILLED_LABELLING).returncode == -signal.SIGKILL
     assert len(list((broken / "pseudo_labels").iterdir())) == 5
-    assert started(broken, KILLED["step"]).returncode == -signal.SIGKILL
+    assert started(broken, killed_at(0, 1, 2)).returncode == -signal.SIGKILL
     again = started(broken)
     assert again.returncode == 0, again.stderr
     assert "resuming at segmentation, epoch 2, step 3" in again.stdout
@@ -359,7 +329,7 @@ def test_what_does_not_fit_is_an_error_before_anything_is_made(voc, cams, tmp_pa
         (["--cams", cams, "--baseline", cams], "is no finished and evaluated run of this system"),
     ]
     for options, message in cases:
-        assert run(*command("ocr", voc, tmp_path / "out", *options)) == 2
+        assert train_here(*command("ocr", voc, tmp_path / "out", *options)) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 

@@ -1,21 +1,17 @@
 """PPL: what learns in each stage and from where, what a stage starts with, fused against reference, resumption."""
 
-import argparse
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
+from training.runs import killed_at, train_apart, train_here
 from training.voc_folder import make_voc
 
 import wsss_ops
 from wsss_ops import reference
-from wsss_ops.training import checkpoints, evaluate, train
+from wsss_ops.training import checkpoints, evaluate
 from wsss_ops.training.batches import Batch
 from wsss_ops.training.comparison import compare
 from wsss_ops.training.ppl import CAM, PplSettings, PplSystem
@@ -202,31 +198,6 @@ def test_bad_settings(setting, message):
         make(**setting)
 
 
-RUNNER = """
-import argparse, sys
-from wsss_ops.training import train
-parser = argparse.ArgumentParser()
-train.add_arguments(parser)
-sys.exit(train.main(parser.parse_args(sys.argv[1:])))
-"""
-KILLED = """
-import os, signal
-from wsss_ops.training import checkpoints, train
-save = checkpoints.save
-def save_or_die(path, content):
-    save(path, content)
-    if content.get("position") == (2, 0, 2):
-        os.kill(os.getpid(), signal.SIGKILL)
-checkpoints.save = save_or_die
-"""
-
-
-def train_here(*options):
-    parser = argparse.ArgumentParser()
-    train.add_arguments(parser)
-    return train.main(parser.parse_args([str(option) for option in options]))
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_a_run_can_start_from_a_finished_cam_run(tmp_path, capsys, mode):
     voc = make_voc(tmp_path / "voc")
@@ -250,21 +221,17 @@ def test_a_run_can_start_from_a_finished_cam_run(tmp_path, capsys, mode):
 def test_a_run_killed_in_the_last_stage_ends_as_an_unbroken_one(tmp_path):
     voc = make_voc(tmp_path / "voc")
 
-    def command(out, prelude=""):
-        settings = "--backbone tiny --size 32 --batch-size 4 --epochs 1 --stage-epochs 1"
-        further = "--workers 0 --device cpu --panels 2 --save-every 0"
-        options = ["ppl", "--data", str(voc), "--out", str(out), *settings.split(), *further.split()]
-        return [sys.executable, "-c", prelude + RUNNER, *options]
-
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
+    settings = "--backbone tiny --size 32 --batch-size 4 --epochs 1 --stage-epochs 1"
+    further = "--workers 0 --device cpu --panels 2 --save-every 0"
 
     def run(out, prelude=""):
-        return subprocess.run(command(out, prelude), env=environment, capture_output=True, text=True, check=False)
+        options = ["ppl", "--data", voc, "--out", out, *settings.split(), *further.split()]
+        return train_apart(*options, prelude=prelude)
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = run(whole)
     assert done.returncode == 0, done.stderr
-    assert run(broken, KILLED).returncode == -signal.SIGKILL
+    assert run(broken, killed_at(2, 0, 2)).returncode == -signal.SIGKILL
     again = run(broken)
     assert again.returncode == 0, again.stderr
     assert "resuming at patches2, epoch 1, step 3" in again.stdout

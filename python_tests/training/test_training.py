@@ -2,15 +2,14 @@
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from training.runs import ENVIRONMENT, RUNNER
 from training.systems import TwoStages
 from training.voc_folder import make_voc
 
@@ -27,17 +26,8 @@ FUSED = SimpleNamespace(scale=lambda x: x * 2)
 REFERENCE = SimpleNamespace(scale=lambda x: x + x)
 WRONG = SimpleNamespace(scale=lambda x: x * 2.5)
 
-RUNNER = """
-import argparse, sys
-from wsss_ops.training import train
-parser = argparse.ArgumentParser()
-train.add_arguments(parser)
-sys.exit(train.main(parser.parse_args(sys.argv[1:])))
-"""
 QUICK = ["--backbone", "tiny", "--epochs", "3", "--size", "32", "--batch-size", "4", "--workers", "0",
          "--device", "cpu", "--panels", "2"]  # fmt: skip
-ROOT = str(Path(__file__).resolve().parents[2])
-ENVIRONMENT = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")

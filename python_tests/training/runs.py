@@ -1,0 +1,45 @@
+"""Training runs of the command line: in this process, or in one of their own that may be killed."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from wsss_ops.training import train
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
+RUNNER = """
+import argparse, sys
+from wsss_ops.training import train
+parser = argparse.ArgumentParser()
+train.add_arguments(parser)
+sys.exit(train.main(parser.parse_args(sys.argv[1:])))
+"""
+
+
+def train_here(*options):
+    """The exit status of `wsss-ops train` with these options."""
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    return train.main(parser.parse_args([str(option) for option in options]))
+
+
+def train_apart(*options, prelude=""):
+    """The finished process of `wsss-ops train` with these options, on one thread; prelude: code that it runs first."""
+    command = [sys.executable, "-c", prelude + RUNNER, *map(str, options)]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+
+
+def killed_at(stage, epoch, step):
+    """A prelude: the process kills itself when it has saved the checkpoint of this position."""
+    return f"""
+import os, signal
+from wsss_ops.training import checkpoints
+save = checkpoints.save
+def save_or_die(path, content):
+    save(path, content)
+    if content.get("position") == {(stage, epoch, step)}:
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoints.save = save_or_die
+"""
