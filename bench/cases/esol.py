@@ -17,15 +17,13 @@ from torch import nn
 
 import wsss_ops
 from wsss_ops import reference
-from wsss_ops.training.batches import Batch
 from wsss_ops.training.esol import EXPANSION, SHRINKAGE, EsolSettings, EsolSystem
-from wsss_ops.training.loop import channels_last, make_optimiser, train_step
-from wsss_ops.training.processes import Processes
 
 from ..measure import Function
 from .case import Case
+from .training_step import CLASSES, SIDE, make_batch, training_step
 
-IMAGES, SIDE, CLASSES = 4, 256, 21
+IMAGES = 4
 
 
 def operators(convolve: Callable[..., Any]) -> ModuleType:
@@ -43,14 +41,7 @@ def convolve_plainly(input, offset, weight, bias, stride, padding, dilation):  #
 
 def esol_case(name: str, stage: int, device: str) -> Case:
     def build(on: torch.device, compiled: bool) -> Mapping[str, Function]:
-        tags = torch.zeros(IMAGES, CLASSES - 1, device=on)
-        tags[:, 3] = 1
-        batch = Batch(
-            torch.randn(IMAGES, 3, SIDE, SIDE, device=on).contiguous(memory_format=torch.channels_last),
-            tags,
-            torch.ones(IMAGES, SIDE, SIDE, dtype=torch.bool, device=on),
-            torch.arange(IMAGES, device=on),
-        )
+        batch = make_batch(IMAGES, on)
         kinds = {
             "floor: convolutions": operators(convolve_plainly),
             "wsss_ops": wsss_ops,
@@ -60,7 +51,7 @@ def esol_case(name: str, stage: int, device: str) -> Case:
             import torchvision
 
             kinds["torchvision"] = operators(torchvision.ops.deform_conv2d)
-        return {kind: training_step(ops, stage, batch) for kind, ops in kinds.items()}
+        return {kind: training_step(make_system(ops), stage, batch) for kind, ops in kinds.items()}
 
     return Case(
         name=f"ESOL {name}",
@@ -71,18 +62,13 @@ def esol_case(name: str, stage: int, device: str) -> Case:
     )
 
 
-def training_step(ops: ModuleType, stage: int, batch: Batch) -> Function:
+def make_system(ops: ModuleType) -> EsolSystem:
     torch.manual_seed(0)  # equal weights for all: a network whose ReLUs have died would take another time
     settings = EsolSettings(backbone="efficientnet_lite0", expansion_classifier_lr=1e-3, shrinkage_classifier_lr=1e-3)
     system = EsolSystem(settings, CLASSES, ops, pretrained=False)
-    network = system.network.to(batch.images.device)
-    channels_last(network)
-    for sampler in (network.expansion, network.shrinkage):
+    for sampler in (system.network.expansion, system.network.shrinkage):
         nn.init.normal_(sampler.offset_branch.bias, std=1.0)  # as after some training: between the cells
-    optimiser = make_optimiser(system.enter(stage), system.settings.weight_decay)
-    network.train()
-    processes = Processes()
-    return lambda: train_step(system, optimiser, batch, processes)
+    return system
 
 
 CASES = [

@@ -16,15 +16,13 @@ from torch import Tensor
 
 import wsss_ops
 from wsss_ops import reference
-from wsss_ops.training.batches import Batch
-from wsss_ops.training.loop import channels_last, make_optimiser, train_step
 from wsss_ops.training.ppl import PplSettings, PplSystem
-from wsss_ops.training.processes import Processes
 
 from ..measure import Function
 from .case import Case
+from .training_step import CLASSES, SIDE, make_batch, training_step
 
-IMAGES, SIDE, CLASSES = 2, 256, 21
+IMAGES = 2
 
 
 class WholeMaps(wsss_ops.PatchLearning):
@@ -41,17 +39,10 @@ def merge_nothing(patches: Tensor, grid: Sequence[int], size: Sequence[int]) -> 
 
 def ppl_case(mode: str, device: str) -> Case:
     def build(on: torch.device, compiled: bool) -> Mapping[str, Function]:
-        tags = torch.zeros(IMAGES, CLASSES - 1, device=on)
-        tags[:, 3] = 1
-        batch = Batch(
-            torch.randn(IMAGES, 3, SIDE, SIDE, device=on).contiguous(memory_format=torch.channels_last),
-            tags,
-            torch.ones(IMAGES, SIDE, SIDE, dtype=torch.bool, device=on),
-            torch.arange(IMAGES, device=on),
-        )
+        batch = make_batch(IMAGES, on)
         unmoved = cast(ModuleType, SimpleNamespace(PatchLearning=WholeMaps, patch_merge=merge_nothing))
         kinds = {"floor: whole maps": unmoved, "wsss_ops": wsss_ops, "reference": reference}
-        return {kind: training_step(ops, mode, batch) for kind, ops in kinds.items()}
+        return {kind: training_step(make_system(ops, mode), 1, batch) for kind, ops in kinds.items()}
 
     return Case(
         name=f"PPL {mode}",
@@ -62,16 +53,10 @@ def ppl_case(mode: str, device: str) -> Case:
     )
 
 
-def training_step(ops: ModuleType, mode: str, batch: Batch) -> Function:
+def make_system(ops: ModuleType, mode: str) -> PplSystem:
     torch.manual_seed(0)  # equal weights for all
     settings = PplSettings(backbone="efficientnet_lite0", mode=mode, positions=(6, 2), grids=(2, 4))
-    system = PplSystem(settings, CLASSES, ops, pretrained=False)
-    network = system.network.to(batch.images.device)
-    channels_last(network)
-    optimiser = make_optimiser(system.enter(1), system.settings.weight_decay)
-    network.train()
-    processes = Processes()
-    return lambda: train_step(system, optimiser, batch, processes)
+    return PplSystem(settings, CLASSES, ops, pretrained=False)
 
 
 CASES = [ppl_case(mode, device) for device in ("cpu", "cuda") for mode in ("progressive", "explicit")]
