@@ -1,24 +1,47 @@
 """Little systems for tests of the harness."""
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from wsss_ops.training.settings import Settings
 from wsss_ops.training.system import Stage, System
 
 
-class ToySystem:
-    """What inference asks of a system: shows the brightness of the image, at stride 4; has nothing to learn."""
+class ToySystem(System):
+    """Shows the brightness of the image, at stride 4; has nothing to learn."""
 
     stride = 4
 
-    def __init__(self, num_classes=2):
+    def __init__(self, num_classes=2, **settings):
         self.num_classes = num_classes
+        self.settings = Settings(**settings)
         self.network = nn.Identity()
+
+    def stages(self):
+        return []
+
+    def enter(self, stage):
+        raise NotImplementedError
+
+    def loss(self, batch):
+        raise NotImplementedError
 
     def cam(self, images):
         grey = F.avg_pool2d(images.mean(1, keepdim=True) + 2.2, 5, 4, 2, count_include_pad=False)
         return grey.expand(-1, self.num_classes, -1, -1)
+
+
+class TwoParts(ToySystem):
+    """Shows where the image is bright and, three times as heavy, where it is dark and tagged."""
+
+    parts: ClassVar = {"bright": 1.0, "dark": 3.0}
+
+    def cams(self, images, tags):
+        bright = self.cam(images)
+        return [bright, (2.5 - bright) * tags[:, :, None, None]]
 
 
 class TwoStages(System):

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from training.systems import ToySystem
+from training.systems import ToySystem, TwoParts
 from training.voc_folder import make_voc
 
 from wsss_ops.training.data import Sample, open_dataset
-from wsss_ops.training.evaluation import THRESHOLDS, ThresholdCounts, curves, evaluate, table
-from wsss_ops.training.inference import equal_sizes, infer_cams, stream_cams
+from wsss_ops.training.evaluation import THRESHOLDS, ThresholdCounts, curves, evaluate, part_table, table
+from wsss_ops.training.inference import equal_sizes, infer_cams, infer_parts, stream_cams
 from wsss_ops.training.processes import Processes
 
 CPU = torch.device("cpu")
@@ -64,10 +64,10 @@ def test_evaluation_of_perfect_cams_is_perfect(voc, monkeypatch):
     def annotated(system, dataset, indices, scales, device):
         for index in indices:
             sample = dataset[index]
-            yield sample, torch.stack([(sample.mask == k + 1).float() for k in range(20)])
+            yield sample, (torch.stack([(sample.mask == k + 1).float() for k in range(20)]),)
 
-    monkeypatch.setattr("wsss_ops.training.evaluation.stream_cams", annotated)
-    result = evaluate(None, open_dataset(voc, "dev"), open_dataset(voc, "val"), (1.0,), Processes())
+    monkeypatch.setattr("wsss_ops.training.evaluation.stream_parts", annotated)
+    result = evaluate(ToySystem(20), open_dataset(voc, "dev"), open_dataset(voc, "val"), (1.0,), Processes())
     for split in ("development", "validation"):
         assert result[split]["mIoU"] == result[split]["precision"] == result[split]["recall"] == 1
     assert result["validation"]["curve"]["recall"][-1] == 0  # nothing exceeds a threshold of 1
@@ -83,10 +83,10 @@ def test_threshold_is_chosen_on_the_development_split_alone(voc, monkeypatch):
         for index in indices:
             sample = dataset[index]
             right = torch.stack([(sample.mask == k + 1).float() for k in range(20)])
-            yield sample, right * 0.9 + (sample.mask == 0) * (best[len(dataset)] - 0.005)
+            yield sample, (right * 0.9 + (sample.mask == 0) * (best[len(dataset)] - 0.005),)
 
-    monkeypatch.setattr("wsss_ops.training.evaluation.stream_cams", shaped)
-    result = evaluate(None, open_dataset(voc, "dev"), open_dataset(voc, "val"), (1.0,), Processes())
+    monkeypatch.setattr("wsss_ops.training.evaluation.stream_parts", shaped)
+    result = evaluate(ToySystem(20), open_dataset(voc, "dev"), open_dataset(voc, "val"), (1.0,), Processes())
     assert result["threshold"] == 0.3
     assert result["development"]["mIoU"] == 1
     assert result["validation"]["mIoU"] < 1
@@ -121,6 +121,46 @@ def test_mirrored_image_gives_mirrored_cam():
 def test_an_image_without_tags_has_no_cam():
     image = torch.randint(0, 256, (1, 3, 20, 20), dtype=torch.uint8)
     assert (infer_cams(ToySystem(), image, torch.zeros(1, 2, dtype=torch.bool), (1.0,)) == 0).all()
+
+
+def test_parts_are_normalised_each_and_combined_by_their_weights():
+    image = torch.randint(0, 256, (2, 3, 33, 41), dtype=torch.uint8)
+    tags = torch.tensor([[True, False], [True, True]])
+    system = TwoParts()
+    bright, dark = infer_parts(system, image, tags, (1.0, 0.5))
+    torch.testing.assert_close(bright, infer_cams(ToySystem(), image, tags, (1.0, 0.5)))
+    assert (dark[0, 1] == 0).all()
+    assert dark[1].amax((1, 2)) == pytest.approx([1, 1], abs=1e-3)
+    torch.testing.assert_close(infer_cams(system, image, tags, (1.0, 0.5)), (bright + 3 * dark) / 4)
+
+
+def test_parts_are_measured_beside_their_combination(voc):
+    data = open_dataset(voc, "dev"), open_dataset(voc, "val")
+    result = evaluate(TwoParts(20), *data, (1.0,), Processes())
+    assert list(result["parts"]) == ["bright", "dark"]
+    alone = evaluate(ToySystem(20), *data, (1.0,), Processes())
+    for key in ("threshold", "development", "validation"):
+        assert result["parts"]["bright"][key] == alone[key]
+    assert result["validation"] != alone["validation"]
+    lines = part_table(result).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["validation", "bright", "dark", "combined"]
+    assert lines[2].split()[2] == f"{alone['validation']['mIoU']:.4f}"
+    assert part_table(alone) == ""
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_precision_is_that_of_the_settings(precision, dtype):
+    """auto on a CPU: float32."""
+    seen = []
+
+    class Watched(ToySystem):
+        def cam(self, images):
+            seen.append(torch.nn.functional.conv2d(images, torch.ones(1, 3, 1, 1)).dtype)
+            return super().cam(images)
+
+    system = Watched(precision=precision)
+    infer_cams(system, torch.zeros(1, 3, 20, 20, dtype=torch.uint8), torch.ones(1, 2, dtype=torch.bool), (1.0,))
+    assert seen == [dtype]
 
 
 def test_equal_sizes_are_batched_in_order():

@@ -146,7 +146,8 @@ with join_processes("cpu") as processes:
         assert torch.equal(mean, value.double()), f"the processes differ in {name} after training"
     shared = count_pixels(system, data, (1.0,), processes, "shared")
     alone = count_pixels(system, data, (1.0,), Processes(), "alone")
-    assert torch.equal(shared.counts, alone.counts)
+    assert list(shared) == list(alone) == ["combined"]
+    assert torch.equal(shared["combined"].counts, alone["combined"].counts)
     print("agreed")
 """
 

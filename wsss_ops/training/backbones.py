@@ -30,6 +30,7 @@ class Backbone(nn.Module):
         self.out_channels, self.stride, self.keep_statistics = out_channels, stride, keep_statistics
         self.blocks: list[nn.Module] = []  # a plain list: it registers nothing
         self.level_ends: tuple[int, ...] = ()  # the block after which `levels` takes each map
+        self.level_channels: tuple[int, ...] = ()
 
     def forward(self, images: Tensor) -> Tensor:
         """images [N, 3, H, W], normalised -> features [N, out_channels, h, w]."""
@@ -101,13 +102,12 @@ class _DilatedDepthwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
-        x, weight = (
-            tensor.to(gradient.dtype) for tensor in ctx.saved_tensors
-        )  # autocast may have lowered the output's
+        x, weight = ctx.saved_tensors
         x_gradient = None
-        if ctx.needs_input_grad[0]:
-            x_gradient = nn.functional.conv2d(gradient, weight.flip(2, 3), None, *ctx.settings)
-        weight_gradient = torch.nn.grad.conv2d_weight(x, weight.shape, gradient, *ctx.settings)
+        if ctx.needs_input_grad[0]:  # autocast may have lowered the output's dtype
+            x_gradient = nn.functional.conv2d(gradient, weight.to(gradient.dtype).flip(2, 3), None, *ctx.settings)
+        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))  # bfloat16 takes three times as long
+        weight_gradient = torch.nn.grad.conv2d_weight(x.to(wide.dtype), weight.shape, wide, *ctx.settings)
         return x_gradient, weight_gradient, gradient.sum((0, 2, 3)), None, None
 
 
@@ -163,10 +163,11 @@ class EfficientNetLite0(Backbone):
         self._conv_stem = nn.Conv2d(3, 32, 3, 2, 1, bias=False)
         self._bn0 = nn.BatchNorm2d(32, eps=1e-3, momentum=0.01)
         blocks: list[_InvertedResidual] = []
-        ends, channels, stride, dilation = [], 32, 2, 1
+        ends, widths, channels, stride, dilation = [], [], 32, 2, 1
         for repeats, kernel, step, expansion, outputs in self.layout:
             if step > 1:
                 ends.append(len(blocks))
+                widths.append(channels)
             skipped = step > 1 and stride == output_stride
             stride = stride if skipped else stride * step
             for repeat in range(repeats):
@@ -184,6 +185,7 @@ class EfficientNetLite0(Backbone):
         head = _ConvNorm(self._conv_head, self._bn1, nn.ReLU6(inplace=True))
         self.blocks = [stem, *blocks, head]
         self.level_ends = (*ends[1:], len(self.blocks) - 1)
+        self.level_channels = (*widths[1:], 1280)
 
     def prepare(self, images: Tensor) -> Tensor:
         return images * self._gain + self._shift
@@ -262,6 +264,7 @@ class ResNet(Backbone):
             self.blocks += layer
             ends.append(len(self.blocks) - 1)
         self.level_ends = tuple(ends)
+        self.level_channels = tuple(64 * block.expansion * 2**number for number in range(len(repeats)))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -284,6 +287,7 @@ class TinyNet(Backbone):
             channels = width
         self.blocks = [self.stem, *self.layers]
         self.level_ends = (1, 2, 3) if output_stride == 16 else (1, 3)
+        self.level_channels = (32, 64, 96) if output_stride == 16 else (32, 96)
 
 
 def _lite0_weights() -> Path:

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wsss_ops.training.data import VOID, Dataset
-from wsss_ops.training.inference import stream_cams
+from wsss_ops.training.inference import combine, stream_parts
 from wsss_ops.training.processes import Processes
 from wsss_ops.training.system import System
 
@@ -68,15 +68,24 @@ def curves(confusion: Tensor, report_classes: Sequence[int]) -> dict[str, Tensor
     }
 
 
+COMBINED = "combined"
+
+
 def count_pixels(system: System, dataset: Dataset, scales: Sequence[float], processes: Processes,
-                 title: str) -> ThresholdCounts:  # fmt: skip
-    """Runs CAM inference over a data set, every image once, shared among the processes; all get the same counts."""
-    counts = ThresholdCounts(len(dataset.classes))
+                 title: str) -> dict[str, ThresholdCounts]:  # fmt: skip
+    """Runs CAM inference over a data set, every image once, shared among the processes; all get the same counts.
+
+    Returns those of the system's CAM under COMBINED and, where it has several parts, of each part under its name.
+    """
+    names = [COMBINED, *(system.parts if len(system.parts) > 1 else ())]
+    counts = {name: ThresholdCounts(len(dataset.classes)) for name in names}
     indices = range(processes.rank, len(dataset), processes.count)
-    stream = stream_cams(system, dataset, indices, scales, processes.device)
-    for sample, cams in tqdm(stream, title, len(indices), disable=None if processes.is_main else True):
-        counts.add(cams, sample.mask)
-    counts.counts = processes.sum(counts.counts)
+    stream = stream_parts(system, dataset, indices, scales, processes.device)
+    for sample, parts in tqdm(stream, title, len(indices), disable=None if processes.is_main else True):
+        for one, cams in zip(counts.values(), (combine(system, parts), *parts), strict=False):
+            one.add(cams, sample.mask)
+    for one in counts.values():
+        one.counts = processes.sum(one.counts)
     return counts
 
 
@@ -84,16 +93,32 @@ def evaluate(system: System, development: Dataset, validation: Dataset, scales: 
              processes: Processes) -> dict[str, Any]:  # fmt: skip
     """Chooses the background threshold by mIoU on the development split and measures there and on validation.
 
-    Returns plain numbers and lists, ready for JSON; None stands for figures without pixels.
+    Returns plain numbers and lists, ready for JSON; None stands for figures without pixels. Where the system's CAM has
+    several parts, "parts" holds the same of each by itself, at its own threshold.
     """
-    chosen = None
+    datasets = {"development": development, "validation": validation}
+    counts = {
+        split: count_pixels(system, dataset, scales, processes, f"CAMs of {split} images")
+        for split, dataset in datasets.items()
+    }
+    measured = {
+        name: _measure({split: found[name] for split, found in counts.items()}, datasets)
+        for name in counts["validation"]
+    }
     result: dict[str, Any] = {"scales": list(scales), "thresholds": [round(float(t), 4) for t in THRESHOLDS]}
-    for name, dataset in (("development", development), ("validation", validation)):
-        counts = count_pixels(system, dataset, scales, processes, f"CAMs of {name} images")
-        found = curves(counts.confusion(), dataset.report_classes)
+    result |= measured.pop(COMBINED)
+    return result | ({"parts": measured} if measured else {})
+
+
+def _measure(counts: dict[str, ThresholdCounts], datasets: dict[str, Dataset]) -> dict[str, Any]:
+    """The figures of one CAM on both splits, at the threshold that is best on the first."""
+    chosen = None
+    result: dict[str, Any] = {}
+    for name, dataset in datasets.items():
+        found = curves(counts[name].confusion(), dataset.report_classes)
         if chosen is None:
             chosen = int(found["mIoU"].nan_to_num(-1).argmax())
-            result["threshold"] = result["thresholds"][chosen]
+            result["threshold"] = round(float(THRESHOLDS[chosen]), 4)
         result[name] = {
             "images": len(dataset),
             **{key: plain(found[key][chosen]) for key in ("mIoU", "precision", "recall")},
@@ -154,6 +179,21 @@ def summarise_stages(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
             "at_first": {key: values[index] for key, values in figures["curve"].items()},
         }
     return summary
+
+
+def part_table(result: dict[str, Any]) -> str:
+    """The parts of the CAM beside it, as text that begins with a new line; empty where there is but one."""
+    if "parts" not in result:
+        return ""
+    lines = ["", f"{'validation':<12}{'threshold':>10}{'mIoU':>8}{'precision':>11}{'recall':>8}"]
+    for name, row in (result["parts"] | {COMBINED: result}).items():
+        figures = row["validation"]
+        cells = (
+            f"{float('nan') if figures[key] is None else figures[key]:>{width}.4f}"
+            for key, width in (("mIoU", 8), ("precision", 11), ("recall", 8))
+        )
+        lines.append(f"{name:<12}{row['threshold']:>10.2f}" + "".join(cells))
+    return "\n".join(lines)
 
 
 def stage_table(result: dict[str, Any]) -> str:

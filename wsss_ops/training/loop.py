@@ -17,7 +17,7 @@ from tqdm import tqdm
 from wsss_ops.training import checkpoints
 from wsss_ops.training.batches import Batch, TrainingBatches
 from wsss_ops.training.processes import Processes
-from wsss_ops.training.system import System, autocast
+from wsss_ops.training.system import System
 
 WARM_UP, DECAY_POWER = 0.05, 0.9
 EPOCHS_APART = 1000  # between the epoch numbers of one stage and the next
@@ -39,7 +39,7 @@ def make_optimiser(groups: list[dict[str, Any]], weight_decay: float) -> optim.O
 def train_step(system: System, optimiser: optim.Optimizer, batch: Batch, processes: Processes) -> dict[str, Tensor]:
     """One optimiser step; returns the figures of the system's loss."""
     optimiser.zero_grad(set_to_none=True)
-    with autocast(batch.images.device):
+    with system.autocast(batch.images.device):
         loss, figures = system.loss(batch)
     loss.backward()
     processes.average_gradients(p for group in optimiser.param_groups for p in group["params"])

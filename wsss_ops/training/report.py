@@ -11,7 +11,7 @@ from wsss_ops.info import environment
 from wsss_ops.training import checkpoints, segmentation
 from wsss_ops.training.batches import normalize
 from wsss_ops.training.data import Dataset
-from wsss_ops.training.evaluation import evaluate, stage_table, summarise_stages, table
+from wsss_ops.training.evaluation import evaluate, part_table, stage_table, summarise_stages, table
 from wsss_ops.training.inference import stream_cams
 from wsss_ops.training.pictures import Row, has_matplotlib, save_curve, save_displacements, save_panels
 from wsss_ops.training.processes import Processes
@@ -44,7 +44,7 @@ def evaluate_and_report(
     if earlier:
         result["stages"] = summarise_stages(earlier | {system.stages()[-1].name: result})
     if processes.is_main:
-        print(table(result) + stage_table(result))
+        print(table(result) + part_table(result) + stage_table(result))
         if isinstance(system, Segmenter) and (baseline := system.baseline()) is not None:
             print(segmentation.compare(baseline[1], result))
         out.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from wsss_ops.training.evaluation import class_rows, curves, plain
 from wsss_ops.training.inference import equal_sizes
 from wsss_ops.training.pictures import Outside, Row, save_outside, save_panels
 from wsss_ops.training.processes import Processes
-from wsss_ops.training.system import Segmenter, autocast
+from wsss_ops.training.system import Segmenter
 
 PANELS, OUTSIDE = "panels.png", "oc.png"
 
@@ -34,7 +34,7 @@ def infer_probabilities(system: Segmenter, images: Tensor, scales: Sequence[floa
         size = [stride * max(1, round((side - 1) * scale / stride)) + 1 for side in (height, width)]
         scaled = F.interpolate(pictures, size, mode="bilinear", align_corners=True)
         views = torch.cat([scaled, scaled.flip(-1)]).contiguous(memory_format=torch.channels_last)
-        with autocast(images.device):
+        with system.autocast(images.device):
             logits = system.logits(views)
         resized = F.interpolate(logits.float(), (height, width), mode="bilinear", align_corners=True)
         straight, mirrored = resized.softmax(1).chunk(2)

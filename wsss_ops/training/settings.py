@@ -37,6 +37,10 @@ class Settings:
     lr: float = option(float, None, "learning rate of the layers behind the backbone")
     backbone_lr: float = option(float, None, "learning rate of the backbone")
     weight_decay: float = option(float, 1e-4, "weight decay")
+    precision: str = option(
+        str, "auto", "arithmetic of training and inference; auto: bfloat16 on GPUs that have it, else float32",
+        choices=("auto", "float32", "bfloat16"),
+    )  # fmt: skip
     scales: tuple[float, ...] = option(float, None, "image scales of CAM inference, each with its flip", nargs="+")
 
     def __post_init__(self) -> None:

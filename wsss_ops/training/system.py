@@ -59,9 +59,29 @@ class System(ABC):
         return None
 
     @property
+    def parts(self) -> dict[str, float]:
+        """The maps that `cams` gives, by name, and the weight of each in the CAM that inference makes of them."""
+        return {"cam": 1.0}
+
+    def cams(self, images: Tensor, tags: Tensor) -> list[Tensor]:
+        """One map per part: images as for `cam`, tags bool [N, C-1] -> [N, C-1, h, w] before relu, each."""
+        return [self.cam(images)]
+
+    def prepare(self, dataset: Dataset, processes: Processes) -> None:  # noqa: B027, most take nothing
+        """Takes from the training images, before training and before each resumption, what the loss needs of them."""
+
+    @property
     @abstractmethod
     def stride(self) -> int:
         """Pixels per CAM cell."""
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The arithmetic that settings.precision asks for."""
+        precision = self.settings.precision
+        enabled = precision == "bfloat16" or (
+            precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+        )
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 class Segmenter(System):
@@ -79,7 +99,7 @@ class Segmenter(System):
 
     @abstractmethod
     def prepare(self, dataset: Dataset, processes: Processes) -> None:
-        """Makes the pseudo-labels that are not there yet, before training and before each resumption."""
+        """Makes the pseudo-labels that are not there yet, too."""
 
     @abstractmethod
     def logits(self, images: Tensor) -> Tensor:
@@ -91,9 +111,3 @@ class Segmenter(System):
 
     def cam(self, images: Tensor) -> Tensor:
         return self.logits(images).float().softmax(1)[:, 1:]
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 arithmetic on GPUs that have it, float32 elsewhere."""
-    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

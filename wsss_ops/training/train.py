@@ -16,16 +16,18 @@ from wsss_ops.training.cam import CamSystem, SettingsAfterCam, read_start
 from wsss_ops.training.comparison import compare
 from wsss_ops.training.data import Dataset, fingerprint, open_dataset
 from wsss_ops.training.esol import EsolSystem
-from wsss_ops.training.evaluation import stage_table, table
+from wsss_ops.training.evaluation import part_table, stage_table, table
 from wsss_ops.training.loop import Training, seed_everything
 from wsss_ops.training.ocr import OcrSystem
 from wsss_ops.training.ppl import PplSystem
 from wsss_ops.training.processes import Processes, join_processes
 from wsss_ops.training.report import can_draw_curves, evaluate_and_report
 from wsss_ops.training.settings import Settings, add_settings, read_settings
+from wsss_ops.training.sfc import SfcSystem
 from wsss_ops.training.system import Segmenter, System
 
-SYSTEMS: dict[str, type[System]] = {"cam": CamSystem, "esol": EsolSystem, "ocr": OcrSystem, "ppl": PplSystem}
+SYSTEMS: dict[str, type[System]] = {"cam": CamSystem, "esol": EsolSystem, "ocr": OcrSystem, "ppl": PplSystem,
+                                  "sfc": SfcSystem}  # fmt: skip
 OPS = ("fused", "reference", "both")
 
 
@@ -92,7 +94,7 @@ def run(
     checkpoints.check_claim(out, record)
     if (out / checkpoints.METRICS).exists():
         result = checkpoints.read_json(out / checkpoints.METRICS)
-        processes.print(f"{out} is finished:\n{table(result)}{stage_table(result)}")
+        processes.print(f"{out} is finished:\n{table(result)}{part_table(result)}{stage_table(result)}")
         return result
     classes = data["train"].classes
     start = read_start(settings, classes) if isinstance(settings, SettingsAfterCam) and settings.start else None
@@ -107,11 +109,12 @@ def run(
     if processes.is_main:
         checkpoints.claim(out, record)
     processes.wait()
-    if isinstance(system, Segmenter):
-        system.prepare(images, processes)
+    system.prepare(images, processes)
     if ops == "both" and system.uses_ops and not (out / checkpoints.CHECKPOINT).exists():
         steps = [batch for batch, _ in zip(batches.epoch(0), range(5), strict=False)]
         pair = {kind: _build(name, settings, len(classes), kind) for kind in ("reference", "fused")}
+        for one in pair.values():
+            one.prepare(images, processes)
         processes.print(compare(pair, steps, processes))
     about = {"system": name, "settings": dataclasses.asdict(settings), "classes": classes}
     training = Training(system, batches, processes, out, save_every=save_every, about=about, start=start)
@@ -169,8 +172,9 @@ def _start_figures(settings: SettingsAfterCam, run: dict[str, Any]) -> dict[str,
     if not path.exists():
         return None
     result: dict[str, Any] = checkpoints.read_json(path)
-    there = [result["run"]["data"], result["run"]["training_images"], result["scales"]]
-    return result if there == [run["data"], run["training_images"], list(settings.scales)] else None
+    names = ("data", "training_images", "precision")
+    there = [*(result["run"].get(name, "auto") for name in names), result["scales"]]
+    return result if there == [*(run[name] for name in names), list(settings.scales)] else None
 
 
 def _build(name: str, settings: Settings, num_classes: int, ops: str) -> System:
