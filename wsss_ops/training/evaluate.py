@@ -77,4 +77,5 @@ def load_system(path: Path, ops: str = "fused") -> tuple[System, tuple[str, ...]
     operators = load_ops(ops) if kind.uses_ops else None
     system = kind(settings, len(content["classes"]), operators, pretrained=False)
     system.network.load_state_dict(content["network"])
+    system.class_images = content.get("class_images")  # which older files lack
     return system, tuple(content["classes"])

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wsss_ops.training.data import VOID, Dataset
+from wsss_ops.training.imbalance import group_table
 from wsss_ops.training.inference import combine, stream_parts
 from wsss_ops.training.processes import Processes
 from wsss_ops.training.system import System
@@ -139,7 +140,7 @@ def class_rows(found: dict[str, Tensor], index: int, classes: Sequence[str]) -> 
 
 
 def table(result: dict[str, Any]) -> str:
-    """The validation figures as text: reported classes, then the others that have pixels."""
+    """The validation figures as text: reported classes, then the others that have pixels; groups where there are."""
     figures = result["validation"]
     reported = figures["report_classes"]
     others = [name for name, row in figures["classes"].items() if name not in reported and row["recall"] is not None]
@@ -164,6 +165,8 @@ def table(result: dict[str, Any]) -> str:
         lines.append(
             f"{figures['images']} validation images, {rates[0]} of their pixels out of candidate; on {there} {rates[1]}"
         )
+    if "groups" in figures:
+        lines.append(group_table(figures["groups"]))
     return "\n".join(lines)
 
 
@@ -185,13 +188,14 @@ def part_table(result: dict[str, Any]) -> str:
     """The parts of the CAM beside it, as text that begins with a new line; empty where there is but one."""
     if "parts" not in result:
         return ""
-    lines = ["", f"{'validation':<12}{'threshold':>10}{'mIoU':>8}{'precision':>11}{'recall':>8}"]
+    groups = list(result["validation"].get("groups", ()))
+    head = f"{'validation':<12}{'threshold':>10}{'mIoU':>8}{'precision':>11}{'recall':>8}"
+    lines = ["", head + "".join(f"{f'{group} mIoU':>13}" for group in groups)]
     for name, row in (result["parts"] | {COMBINED: result}).items():
         figures = row["validation"]
-        cells = (
-            f"{float('nan') if figures[key] is None else figures[key]:>{width}.4f}"
-            for key, width in (("mIoU", 8), ("precision", 11), ("recall", 8))
-        )
+        values = [(figures["mIoU"], 8), (figures["precision"], 11), (figures["recall"], 8)]
+        values += [(figures["groups"][group]["mIoU"], 13) for group in groups]
+        cells = (f"{'-':>{width}}" if value is None else f"{value:>{width}.4f}" for value, width in values)
         lines.append(f"{name:<12}{row['threshold']:>10.2f}" + "".join(cells))
     return "\n".join(lines)
 

@@ -12,6 +12,7 @@ from wsss_ops.training import checkpoints, segmentation
 from wsss_ops.training.batches import normalize
 from wsss_ops.training.data import Dataset
 from wsss_ops.training.evaluation import evaluate, part_table, stage_table, summarise_stages, table
+from wsss_ops.training.imbalance import group_figures
 from wsss_ops.training.inference import stream_cams
 from wsss_ops.training.pictures import Row, has_matplotlib, save_curve, save_displacements, save_panels
 from wsss_ops.training.processes import Processes
@@ -40,6 +41,10 @@ def evaluate_and_report(
         figures = segmentation.evaluate(system, development, validation, scales, processes)
     else:
         figures = evaluate(system, development, validation, scales, processes)
+    if system.class_images is not None:
+        for found in (figures, *figures.get("parts", {}).values()):
+            for split in (found["development"], found["validation"]):
+                split["groups"] = group_figures(split["classes"], system.class_images)
     result = details | {"environment": environment()} | figures
     if earlier:
         result["stages"] = summarise_stages(earlier | {system.stages()[-1].name: result})

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -26,6 +27,10 @@ class Settings:
     """
 
     data: str | None = option(str, None, "VOC-layout folder or zip; default: the generated scenes")
+    imbalance: float = option(
+        float, 1.0, "thin the training images to a long tail: how many times as many of the most frequent class as of "
+        "the rarest; 1: all as they are",
+    )  # fmt: skip
     seed: int = option(int, 0, "seed of weights, data order and augmentation")
     backbone: str = option(str, None, "default: efficientnet_lite0, for generated scenes tiny", choices=BACKBONES)
     weights: str | None = option(str, None, "state dict file of the backbone")
@@ -52,6 +57,8 @@ class Settings:
         for name in ("epochs", "batch_size", "size", "lr"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 1 <= self.imbalance < math.inf:
+            raise ValueError(f"imbalance must be a number of at least 1, got {self.imbalance}")
         if not self.scales or min(self.scales) <= 0:
             raise ValueError(f"scales must be one or more numbers above 0, got {self.scales}")
 

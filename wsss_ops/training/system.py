@@ -33,6 +33,7 @@ class System(ABC):
     uses_ops: ClassVar[bool] = True
     network: nn.Module
     settings: Any
+    class_images: dict[str, int] | None = None  # training images per reported class, where they are long-tailed
 
     @abstractmethod
     def __init__(self, settings: Any, num_classes: int, ops: ModuleType | None, *, pretrained: bool = True) -> None:

@@ -17,6 +17,7 @@ from wsss_ops.training.comparison import compare
 from wsss_ops.training.data import Dataset, fingerprint, open_dataset
 from wsss_ops.training.esol import EsolSystem
 from wsss_ops.training.evaluation import part_table, stage_table, table
+from wsss_ops.training.imbalance import LongTailed
 from wsss_ops.training.loop import Training, seed_everything
 from wsss_ops.training.ocr import OcrSystem
 from wsss_ops.training.ppl import PplSystem
@@ -84,6 +85,8 @@ def run(
     holds a run with other settings.
     """
     data = {split: open_dataset(settings.data, split, check=check) for split in ("train", "dev", "val")}
+    if settings.imbalance > 1:
+        data["train"] = LongTailed(data["train"], settings.imbalance)
     record = dataclasses.asdict(settings) | {
         "system": name,
         "ops": "reference" if ops == "reference" else "fused",
@@ -91,6 +94,9 @@ def run(
         "training_images": fingerprint(data["train"]),
     }
     record.pop("baseline", None)  # decides no figure of this run
+    for option, default in (("imbalance", 1), ("precision", "auto")):
+        if record[option] == default:
+            del record[option]  # so that runs from before these settings are recognised
     checkpoints.check_claim(out, record)
     if (out / checkpoints.METRICS).exists():
         result = checkpoints.read_json(out / checkpoints.METRICS)
@@ -99,6 +105,9 @@ def run(
     classes = data["train"].classes
     start = read_start(settings, classes) if isinstance(settings, SettingsAfterCam) and settings.start else None
     system = _build(name, settings, len(classes), ops)
+    if isinstance(data["train"], LongTailed):
+        processes.print(data["train"].summary())
+        system.class_images = data["train"].class_images
     segments = isinstance(system, Segmenter)
     images = system.pseudo_labelled(data["train"], out) if isinstance(system, Segmenter) else data["train"]
     batches = TrainingBatches(
@@ -116,7 +125,10 @@ def run(
         for one in pair.values():
             one.prepare(images, processes)
         processes.print(compare(pair, steps, processes))
-    about = {"system": name, "settings": dataclasses.asdict(settings), "classes": classes}
+    about = {
+        "system": name, "settings": dataclasses.asdict(settings), "classes": classes,
+        "class_images": system.class_images,
+    }  # fmt: skip
     training = Training(system, batches, processes, out, save_every=save_every, about=about, start=start)
     training.run()
     processes.print(f"trained in {training.seconds:.0f} s; model in {out / checkpoints.MODEL}")
@@ -173,8 +185,8 @@ def _start_figures(settings: SettingsAfterCam, run: dict[str, Any]) -> dict[str,
         return None
     result: dict[str, Any] = checkpoints.read_json(path)
     names = ("data", "training_images", "precision")
-    there = [*(result["run"].get(name, "auto") for name in names), result["scales"]]
-    return result if there == [*(run[name] for name in names), list(settings.scales)] else None
+    there, here = ([of.get(name) for name in names] for of in (result["run"], run))
+    return result if [*there, result["scales"]] == [*here, list(settings.scales)] else None
 
 
 def _build(name: str, settings: Settings, num_classes: int, ops: str) -> System:
