@@ -94,9 +94,12 @@ def _value_text(value: Any) -> str:
 
 
 def add_settings(parser: argparse.ArgumentParser, settings: type[Settings]) -> None:
-    """Adds an option for every field of a settings class."""
+    """Adds an option for every field of a settings class, those of its own first."""
+    common = {field.name for field in dataclasses.fields(Settings)}
+    own = parser.add_argument_group("settings of this system")
+    shared = parser.add_argument_group("settings of all systems")
     for field in dataclasses.fields(settings):
-        parser.add_argument(
+        (shared if field.name in common else own).add_argument(
             f"--{field.name.replace('_', '-')}", type=field.metadata["type"], nargs=field.metadata["nargs"],
             default=field.default, choices=field.metadata["choices"],
             help=field.metadata["help"] + _default_text(field),
