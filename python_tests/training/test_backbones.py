@@ -29,6 +29,7 @@ def test_shapes_at_every_output_stride(name, stride):
     levels = backbone.levels(torch.randn(1, 3, 65, 97))
     assert levels[-1].shape == features.shape
     assert [level.shape[2] for level in levels] == sorted((level.shape[2] for level in levels), reverse=True)
+    assert tuple(level.shape[1] for level in levels) == backbone.level_channels
 
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18", "resnet50"])

@@ -31,7 +31,7 @@ class SfcSettings(SettingsAfterCam):
 
     sfc_epochs: int = option(int, 3, "passes over the training images in the stage sfc")
     sfc_rate: float = option(float, 0.3, "learning rates in the stage sfc, as multiples of --lr and --backbone-lr")
-    bank: int = option(int, 4, "images of the bank, of classes drawn alike, that join each batch; 0: no bank")
+    bank: int = option(int, 4, "images of the bank, of classes drawn alike, that join each batch; 0: none")
     prototype_weight: float = option(float, 1.6, "weight of the loss between classifier CAM and prototype CAM")
     scale_weight: float = option(float, 0.8, "weight of the loss between the classifier CAMs of two image sizes")
     background_scale: float = option(float, 0.3, "what the background is multiplied by before seeds are taken")
@@ -53,7 +53,7 @@ class Maps(NamedTuple):
     logits: Tensor  # [N, num_classes]
     cam: Tensor  # [N, num_classes, h, w], the classifier's
     levels: list[Tensor]  # [N, D_l, h_l, w_l] each, finest first
-    affinity: Tensor  # [N, h * w, h * w], columns of sum 1
+    embedded: Tensor  # [N, AFFINITY_CHANNELS, h, w], what `affinity` takes: its result is large, inference needs none
 
 
 class SfcNetwork(StagedCamNetwork):
@@ -79,7 +79,7 @@ class SfcNetwork(StagedCamNetwork):
         sides = [side(level.detach()) for side, level in zip(self.sides, levels, strict=True)]
         small = F.interpolate(images, cam.shape[2:], mode="bilinear", align_corners=True)
         embedded = self.embedding(torch.cat([small.to(levels[-1].dtype), levels[-1].detach()], 1))
-        return Maps(cam.mean((2, 3)), cam, sides, affinity(embedded))
+        return Maps(cam.mean((2, 3)), cam, sides, embedded)
 
 
 def affinity(embedded: Tensor) -> Tensor:
@@ -89,12 +89,16 @@ def affinity(embedded: Tensor) -> Tensor:
     return cosines / (cosines.sum(1, keepdim=True) + 1e-5)
 
 
-def propagate(cam: Tensor, affinity: Tensor, times: int = 2) -> Tensor:
+def propagate(cam: Tensor, weights: Tensor, times: int = 2) -> Tensor:
     """The pixel correlation module: cam [N, C, h, w], each pixel now the mean of those like it, weighted so."""
     pixels = cam.flatten(2)
     for _ in range(times):
-        pixels = pixels @ affinity
+        pixels = pixels @ weights
     return pixels.view_as(cam)
+
+
+def halve(images: Tensor) -> Tensor:
+    return F.interpolate(images, scale_factor=0.5, mode="bilinear", align_corners=True)
 
 
 class SfcSystem(CamSystem):
@@ -116,7 +120,7 @@ class SfcSystem(CamSystem):
 
     def prepare(self, dataset: Dataset, processes: Processes) -> None:
         counts = dataset.tags.sum(0).clamp(min=1)  # a class without images has no part in the loss
-        drawn = self.settings.bank * (len(dataset) // self.settings.batch_size)
+        drawn = self.settings.bank * processes.count * (len(dataset) // self.settings.batch_size)
         resampled = drawn / max(1, int(dataset.tags.any(0).sum()))
         self.network.coefficients.copy_(self.ops.distribution_coefficients(counts, resampled))
 
@@ -135,24 +139,17 @@ class SfcSystem(CamSystem):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if self.network.stage == CAM:
             return super().loss(batch)
-        settings, bank = self.settings, self.network.bank
-        images, tags, valid = batch.images, batch.tags, batch.valid
-        if settings.bank > 0:
-            if len(bank) > 0:
-                drawn = (part.to(images.device) for part in bank.sample(settings.bank))
-                images, tags, valid = (torch.cat(pair) for pair in zip((images, tags, valid), drawn, strict=True))
-                images = images.contiguous(memory_format=torch.channels_last)
-            bank.update(batch.images, batch.tags, batch.valid)
-        half = F.interpolate(images, scale_factor=0.5, mode="bilinear", align_corners=True)
-        maps, small = self.network.maps(images), self.network.maps(half)
+        settings = self.settings
+        images, tags, valid = self.with_bank(batch)
+        maps, small = self.network.maps(images), self.network.maps(halve(images))
         classification = sum(F.binary_cross_entropy_with_logits(one.logits.float(), tags) for one in (maps, small)) / 2
         present = F.pad(tags, (1, 0), value=1)
         cam, inside = self.normalise(maps.cam, present, valid)
         cam_small, _ = self.normalise(small.cam, present, valid)
         consistency = self.ops.msdw_loss(
-            propagate(cam, maps.affinity),
+            propagate(cam, affinity(maps.embedded)),
             self.prototype_cam(maps.levels, cam, present, inside),
-            propagate(cam_small, small.affinity),
+            propagate(cam_small, affinity(small.embedded)),
             present,
             self.network.coefficients,
             prototype_weight=settings.prototype_weight,
@@ -161,6 +158,19 @@ class SfcSystem(CamSystem):
         loss = classification + consistency
         figures = {"loss": loss, "cls": classification, "msdw": consistency}
         return loss, {name: value.detach() for name, value in figures.items()}
+
+    def with_bank(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, tags and valid of a batch, and behind them those that the bank adds; the bank then has seen it."""
+        own, bank = (batch.images, batch.tags, batch.valid), self.network.bank
+        if self.settings.bank == 0:
+            return own
+        joined = own
+        if len(bank) > 0:
+            drawn = (part.to(batch.images.device) for part in bank.sample(self.settings.bank))
+            images, tags, valid = (torch.cat(pair) for pair in zip(own, drawn, strict=True))
+            joined = images.contiguous(memory_format=torch.channels_last), tags, valid
+        bank.update(*own)
+        return joined
 
     def normalise(self, cam: Tensor, present: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The classifier's cam [N, C-1, h, w] with relu, divided by its maxima, behind a background of 1 - its largest
