@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from wsss_ops import reference
 from wsss_ops.__main__ import main
 from wsss_ops.bench import cases, measure, runner
 
@@ -61,6 +64,16 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "processor" in results["environment"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plot.png", "results.json"]
+
+
+@pytest.mark.parametrize("form", [cases.prototype.by_products, cases.prototype.by_broadcast])
+def test_other_forms_of_the_prototypes_compute_the_same(form: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    levels, cam = [torch.randn(2, 6, 7, 9), torch.randn(2, 4, 3, 5)], torch.rand(2, 5, 7, 9)
+    tags = torch.tensor([[1, 1, 0, 1, 0], [1, 0, 1, 1, 1]], dtype=torch.bool)
+    expected = reference.prototype_cam(levels, cam, tags)
+    assert expected.any()
+    torch.testing.assert_close(form(levels, cam, tags), expected)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,12 @@ from collections.abc import Callable
 import torch
 
 from ..measure import Function
-from . import deform, esol, ocr, patch, ppl, prototype
+from . import deform, esol, ocr, patch, ppl, prototype, sfc
 from .case import Case
 
-CASES: list[Case] = [*deform.CASES, *esol.CASES, *ocr.CASES, *patch.CASES, *ppl.CASES, *prototype.CASES]
+CASES: list[Case] = [
+    *deform.CASES, *esol.CASES, *ocr.CASES, *patch.CASES, *ppl.CASES, *prototype.CASES, *sfc.CASES
+]  # fmt: skip
 # Per operator, calls on inputs too small to matter.
 OVERHEADS: dict[str, Callable[[torch.device], dict[str, Function]]] = {
     "deform_conv2d": deform.overhead,

@@ -81,11 +81,11 @@ def blobs(images: int, classes: int, device: torch.device) -> tuple[Tensor, Tens
     return cam, tags
 
 
-def concatenated(features: Features) -> Tensor:
+def concatenated(features: Features, size: torch.Size) -> Tensor:
     if isinstance(features, Tensor):
         return features
     normalised = [level / (level.norm(dim=1, keepdim=True) + 1e-5) for level in features]
-    return torch.cat([F.interpolate(level, (SIDE, SIDE), mode="bilinear") for level in normalised], 1)
+    return torch.cat([F.interpolate(level, size, mode="bilinear") for level in normalised], 1)
 
 
 def one_hot_seeds(cam: Tensor, tags: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def one_hot_seeds(cam: Tensor, tags: Tensor) -> Tensor:
 
 
 def by_products(features: Features, cam: Tensor, tags: Tensor) -> Tensor:
-    pixels = concatenated(features).flatten(2)
+    pixels = concatenated(features, cam.shape[2:]).flatten(2)
     seeds = one_hot_seeds(cam, tags).to(pixels.dtype)
     prototypes = torch.bmm(pixels, seeds) / seeds.sum(1, keepdim=True).clamp_min(1)  # [N, D, C]
     dots = torch.bmm(prototypes.transpose(1, 2), pixels)  # [N, C, H * W]
@@ -104,9 +104,9 @@ def by_products(features: Features, cam: Tensor, tags: Tensor) -> Tensor:
 
 
 def by_broadcast(features: Features, cam: Tensor, tags: Tensor) -> Tensor:
-    pixels = concatenated(features)
-    seeds = one_hot_seeds(cam, tags).to(pixels.dtype).transpose(1, 2).unflatten(2, (SIDE, SIDE))
-    prototypes = (pixels[:, None] * seeds[:, :, None]).sum((3, 4)) / SIDE**2  # [N, C, D]
+    pixels = concatenated(features, cam.shape[2:])
+    seeds = one_hot_seeds(cam, tags).to(pixels.dtype).transpose(1, 2).unflatten(2, cam.shape[2:])
+    prototypes = (pixels[:, None] * seeds[:, :, None]).sum((3, 4)) / seeds[0, 0].numel()  # [N, C, D]
     return F.cosine_similarity(pixels[:, None], prototypes[..., None, None], dim=2).relu()
 
 
