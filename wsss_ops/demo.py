@@ -41,7 +41,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     heading("3. Time and memory (wsss-ops bench has more rounds, and torch.compile'd references)")
     # Whole training steps and the authors' form of the prototypes take too long.
-    operators = [op for op in runner.OPERATORS if op not in ("esol", "ppl", "prototype")]
+    operators = [op for op in runner.OPERATORS if op not in ("esol", "ppl", "prototype", "sfc")]
     results = runner.run(device, operators, rounds=5, compiled=False)
     print(report.table(results))
 
@@ -58,6 +58,9 @@ def main(arguments: argparse.Namespace) -> int:
     heading("6. PPL on that CAM: its last blocks look at patches of the map, too")
     train_on_scenes("ppl", out / "ppl", start=out / "cam")
 
+    heading("7. SFC on that CAM: classifier and prototypes of its features learn from each other")
+    train_on_scenes("sfc", out / "sfc", start=out / "cam")
+
     heading(f"Done in {time.monotonic() - started:.0f} s")
     if importlib.util.find_spec("matplotlib") is not None:
         report.plot(results, out / "bench.png")
@@ -68,7 +71,8 @@ def main(arguments: argparse.Namespace) -> int:
     print(f"{out / 'cam' / 'panels.png'}: scenes, ground truth, CAM and prediction")
     print(f"{out / 'esol' / 'displacements.png'}: where ESOL's sampler looks")
     print(f"{out / 'ppl' / 'panels.png'}: the CAM after patch learning")
-    print(f"{', '.join(str(out / name / 'metrics.json') for name in ('cam', 'esol', 'ppl'))}: the figures above")
+    print(f"{out / 'sfc' / 'panels.png'}: the CAM of classifier and prototypes")
+    print(f"{', '.join(str(out / name / 'metrics.json') for name in ('cam', 'esol', 'ppl', 'sfc'))}: the figures above")
     return 0
 
 
