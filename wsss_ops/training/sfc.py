@@ -127,12 +127,10 @@ class SfcSystem(CamSystem):
     def enter(self, stage: int) -> list[dict[str, Any]]:
         network, settings = self.network, self.settings
         network.stage = stage
-        later = [*network.sides.parameters(), *network.embedding.parameters()]
-        for parameter in later:
-            parameter.requires_grad_(stage != CAM)
         groups = super().enter(stage)
         if stage == CAM:
             return groups
+        later = [*network.sides.parameters(), *network.embedding.parameters()]
         groups = [group | {"lr": settings.sfc_rate * group["lr"]} for group in groups]
         return [*groups, {"params": later, "lr": settings.lr}]
 
