@@ -1,4 +1,4 @@
-"""SFC: what learns and from what, the steps of its loss, the bank in a run, the two parts of its CAM, resumption."""
+"""SFC: what learns and from what, the steps of its loss, the bank in a run, the parts of its CAM, resumption."""
 
 import json
 import signal
@@ -230,8 +230,8 @@ def test_coefficients_come_from_the_training_tags(processes):
 
     system.prepare(Images(tags=tags), Processes(count=processes))
     resampled = processes * 3 * 2 / 3  # two steps an epoch, three classes seen
-    expected = reference.distribution_coefficients([8, 2, 3, 1], resampled)
-    assert torch.allclose(system.network.coefficients, expected)
+    expected = reference.distribution_coefficients([8, 2, 3], resampled)
+    assert torch.allclose(system.network.coefficients, torch.tensor([*expected, 1.0]))  # no image of the last
     assert "coefficients" in system.network.state_dict()
 
 
@@ -260,12 +260,12 @@ def pictures(height=40, width=56):
     return torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8), tags
 
 
-def test_the_cam_is_the_classifiers_and_a_share_of_the_prototypes():
+def test_the_cam_is_the_refined_one_and_a_share_of_the_prototypes():
     system = make(stage=SFC, prototype_share=0.5)
     system.network.eval()
     images, tags = pictures()
-    classifier, prototype = infer_parts(system, images, tags, (1.0, 0.5))
-    assert list(system.parts) == ["classifier", "prototype"]
+    classifier, refined, prototype = infer_parts(system, images, tags, (1.0, 0.5))
+    assert list(system.parts) == ["classifier", "refined", "prototype"]
     alone = CamSystem(Settings(**SMALL), 3)
     alone.network.load_state_dict(system.network.state_dict(), strict=False)
     alone.network.eval()
@@ -274,7 +274,19 @@ def test_the_cam_is_the_classifiers_and_a_share_of_the_prototypes():
     assert prototype[1].amax((1, 2)) == pytest.approx([1, 1], abs=1e-3)
     assert not prototype[0, 1].any()  # not tagged
     combined = infer_cams(system, images, tags, (1.0, 0.5))
-    assert torch.allclose(combined, (classifier + 0.5 * prototype) / 1.5, atol=1e-6)
+    assert torch.allclose(combined, (refined + 0.5 * prototype) / 1.5, atol=1e-6)
+
+
+def test_inference_refines_the_classifiers_cam():
+    system = make(stage=SFC)
+    network = system.network.eval()
+    images, tags = batch().images, torch.ones(4, 2, dtype=torch.bool)
+    with torch.no_grad():
+        raw, refined, _ = system.cams(images, tags)
+        weights = affinity(network.maps(images).embedded)
+    expected = torch.einsum("nci,nij,njk->nck", raw.relu().flatten(2), weights, weights).view_as(raw)
+    assert torch.allclose(refined, expected, atol=1e-6)
+    assert not torch.allclose(refined, raw.relu(), atol=1e-4)
 
 
 def test_prototypes_of_inference_are_those_of_training():
@@ -283,7 +295,7 @@ def test_prototypes_of_inference_are_those_of_training():
     network = system.network.eval()
     images, tags = batch().images, torch.tensor([[True, False], [False, True], [True, True], [True, False]])
     with torch.no_grad():
-        raw, prototype = system.cams(images, tags)
+        raw, _, prototype = system.cams(images, tags)
         cam = reference.normalize_cam(network(images)[1])
         cam = torch.cat([1 - cam.amax(1, keepdim=True), cam], 1)
         present = torch.cat([torch.ones(4, 1), tags], 1)
@@ -321,7 +333,7 @@ def test_the_model_file_knows_its_stage():
 
 @pytest.mark.parametrize("size", [(9, 9), (17, 33), (65, 41)])
 @pytest.mark.parametrize("output_stride", [8, 16])
-def test_maps_of_any_size_have_both_parts_and_a_loss(size, output_stride):
+def test_maps_of_any_size_have_all_parts_and_a_loss(size, output_stride):
     system = make(stage=SFC, output_stride=output_stride)
     given = batch()
     given = given._replace(images=torch.randn(4, 3, *size), valid=torch.ones(4, *size, dtype=torch.bool))
@@ -329,7 +341,7 @@ def test_maps_of_any_size_have_both_parts_and_a_loss(size, output_stride):
     assert loss.isfinite()
     system.network.eval()
     shape = (4, 2, *((side - 1) // output_stride + 1 for side in size))
-    assert [part.shape for part in system.cams(given.images, given.tags.bool())] == [shape, shape]
+    assert [part.shape for part in system.cams(given.images, given.tags.bool())] == [shape] * 3
 
 
 def test_half_an_image_keeps_its_corners():
@@ -373,7 +385,7 @@ def test_a_run_can_start_from_a_finished_cam_run(tmp_path, capsys):
     assert all(torch.equal(first[name], value) for name, value in cam.items())
     figures = [json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("cam", "sfc")]
     assert "parts" not in figures[0]
-    assert list(figures[1]["parts"]) == ["classifier", "prototype"]
+    assert list(figures[1]["parts"]) == ["classifier", "refined", "prototype"]
     assert list(figures[1]["stages"]) == ["cam", "sfc"]
     assert figures[1]["stages"]["cam"]["mIoU"] == figures[0]["validation"]["mIoU"]
     assert figures[1]["stages"]["sfc"]["mIoU"] == figures[1]["validation"]["mIoU"]

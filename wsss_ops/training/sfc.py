@@ -29,13 +29,13 @@ AFFINITY_CHANNELS = 192
 class SfcSettings(SettingsAfterCam):
     """Settings of SFC: those of the CAM stage, and of the calibration."""
 
-    sfc_epochs: int = option(int, 3, "passes over the training images in the stage sfc")
+    sfc_epochs: int = option(int, 2, "passes over the training images in the stage sfc")
     sfc_rate: float = option(float, 0.3, "learning rates in the stage sfc, as multiples of --lr and --backbone-lr")
     bank: int = option(int, 4, "images of the bank, of classes drawn alike, that join each batch; 0: none")
     prototype_weight: float = option(float, 1.6, "weight of the loss between classifier CAM and prototype CAM")
     scale_weight: float = option(float, 0.8, "weight of the loss between the classifier CAMs of two image sizes")
     background_scale: float = option(float, 0.3, "what the background is multiplied by before seeds are taken")
-    prototype_share: float = option(float, 0.7, "weight of the prototype CAM beside the classifier CAM in inference")
+    prototype_share: float = option(float, 0.3, "weight of the prototype CAM beside the refined one in inference")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,7 +53,7 @@ class Maps(NamedTuple):
     logits: Tensor  # [N, num_classes]
     cam: Tensor  # [N, num_classes, h, w], the classifier's
     levels: list[Tensor]  # [N, D_l, h_l, w_l] each, finest first
-    embedded: Tensor  # [N, AFFINITY_CHANNELS, h, w], what `affinity` takes: its result is large, inference needs none
+    embedded: Tensor  # [N, AFFINITY_CHANNELS, h, w], what `affinity` takes
 
 
 class SfcNetwork(StagedCamNetwork):
@@ -119,10 +119,12 @@ class SfcSystem(CamSystem):
         return [Stage("cam", self.settings.epochs), Stage("sfc", self.settings.sfc_epochs)]
 
     def prepare(self, dataset: Dataset, processes: Processes) -> None:
-        counts = dataset.tags.sum(0).clamp(min=1)  # a class without images has no part in the loss
-        drawn = self.settings.bank * processes.count * (len(dataset) // self.settings.batch_size)
-        resampled = drawn / max(1, int(dataset.tags.any(0).sum()))
-        self.network.coefficients.copy_(self.ops.distribution_coefficients(counts, resampled))
+        counts = dataset.tags.sum(0)
+        seen = counts > 0  # the others have no part in the loss
+        if seen.any():
+            drawn = self.settings.bank * processes.count * (len(dataset) // self.settings.batch_size)
+            coefficients = self.ops.distribution_coefficients(counts[seen], drawn / int(seen.sum()))
+            self.network.coefficients[seen] = coefficients.to(self.network.coefficients.device)
 
     def enter(self, stage: int) -> list[dict[str, Any]]:
         network, settings = self.network, self.settings
@@ -190,11 +192,12 @@ class SfcSystem(CamSystem):
     def parts(self) -> dict[str, float]:
         if self.network.stage == CAM:
             return super().parts
-        return {"classifier": 1.0, "prototype": self.settings.prototype_share}
+        return {"classifier": 0.0, "refined": 1.0, "prototype": self.settings.prototype_share}
 
     def cams(self, images: Tensor, tags: Tensor) -> list[Tensor]:
         if self.network.stage == CAM:
             return super().cams(images, tags)
         maps, present = self.network.maps(images), F.pad(tags.float(), (1, 0), value=1)
         cam, _ = self.normalise(maps.cam, present, None)
-        return [maps.cam, self.prototype_cam(maps.levels, cam, present, None)[:, 1:]]
+        refined = propagate(maps.cam.float().relu(), affinity(maps.embedded))
+        return [maps.cam, refined, self.prototype_cam(maps.levels, cam, present, None)[:, 1:]]
