@@ -17,12 +17,13 @@ def table(results: dict[str, Any]) -> str:
     for case in results["cases"]:
         lines += ["", f"{case['name']}: {case['work']}"]
         unit, amount = ("GFLOP/s", case["flops"]) if case.get("flops") else ("GB/s", case["moved_bytes"])
-        lines.append(f"  {'':20}{'ms':>9}{'10% - 90%':>20}{'x floor':>9}{unit:>8}{'peak MB':>9}")
+        label = max(20, *(len(name) for name in case["functions"]))
+        lines.append(f"  {'':{label}}{'ms':>10}{'10% - 90%':>22}{'x floor':>9}{unit:>8}{'peak MB':>9}")
         for name, figures in case["functions"].items():
             rate = amount / figures["median_ms"] / 1e6
             spread = f"{figures['p10_ms']:.3f} - {figures['p90_ms']:.3f}"
             lines.append(
-                f"  {name:20}{figures['median_ms']:9.3f}{spread:>20}{figures['times_floor']:9.2f}{rate:8.1f}"
+                f"  {name:{label}}{figures['median_ms']:10.3f}{spread:>22}{figures['times_floor']:9.2f}{rate:8.1f}"
                 f"{figures['peak_bytes'] / 1e6:9.1f}"
             )
     lines += ["", "host overhead of a call, us"]
