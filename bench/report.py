@@ -20,10 +20,10 @@ def table(results: dict[str, Any]) -> str:
         label = max(20, *(len(name) for name in case["functions"]))
         lines.append(f"  {'':{label}}{'ms':>10}{'10% - 90%':>22}{'x floor':>9}{unit:>8}{'peak MB':>9}")
         for name, figures in case["functions"].items():
-            rate = amount / figures["median_ms"] / 1e6
+            rate = f"{amount / figures['median_ms'] / 1e6:.1f}" if amount else "-"
             spread = f"{figures['p10_ms']:.3f} - {figures['p90_ms']:.3f}"
             lines.append(
-                f"  {name:{label}}{figures['median_ms']:10.3f}{spread:>22}{figures['times_floor']:9.2f}{rate:8.1f}"
+                f"  {name:{label}}{figures['median_ms']:10.3f}{spread:>22}{figures['times_floor']:9.2f}{rate:>8}"
                 f"{figures['peak_bytes'] / 1e6:9.1f}"
             )
     lines += ["", "host overhead of a call, us"]
