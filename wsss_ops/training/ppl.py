@@ -26,19 +26,25 @@ class PplSettings(SettingsAfterCam):
         "positions, whose gradients end where the maps are split", choices=("progressive", "explicit"),
     )  # fmt: skip
     positions: tuple[int, ...] = option(
-        int, (3, 2), "where maps are split: how many of the backbone's last blocks run on patches; the 3x3 layer "
-        "behind them always does", nargs="+",
+        int, None, "where maps are split: how many of the backbone's last blocks run on patches; the 3x3 layer "
+        "behind them always does (default: 6 2, tiny 3 2)", nargs="+",
     )  # fmt: skip
     grids: tuple[int, ...] = option(
         int, (2, 4), "patches per row and per column of a map, for each position", nargs="+"
     )
-    stage_epochs: int = option(int, 2, "passes over the training images in each stage of patch learning")
+    stage_epochs: int = option(
+        int, None, "passes over the training images in each stage of patch learning (default: 1, tiny 2)"
+    )
     stage_rate: float = option(
         float, 0.3, "learning rates in the stages of patch learning, as multiples of --lr and --backbone-lr"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        tiny = self.backbone == "tiny"
+        for name, default in (("positions", (3, 2) if tiny else (6, 2)), ("stage_epochs", 2 if tiny else 1)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
         for name in ("stage_epochs", "stage_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
