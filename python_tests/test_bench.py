@@ -14,6 +14,7 @@ from torch import Tensor
 from wsss_ops import reference
 from wsss_ops.__main__ import main
 from wsss_ops.bench import cases, measure, runner
+from wsss_ops.bench.cases.case import Precision, arithmetic
 
 CPU = torch.device("cpu")
 
@@ -92,12 +93,23 @@ def test_bad_options_are_refused_before_measuring(
         main(["bench", "--device", "cpu", *options])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "tf32"])
+def test_arithmetic_is_set_for_a_call_alone(precision: Precision) -> None:
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    seen = arithmetic(precision, lambda: [backend.allow_tf32 for backend in backends])()
+    assert seen == [precision == "tf32"] * 2
+    with pytest.raises(ZeroDivisionError):
+        arithmetic(precision, lambda: 1 / 0)()
+    assert [backend.allow_tf32 for backend in backends] == before
+
+
 def test_every_case_builds_what_it_names() -> None:
     """At its real size, without timing: every function of every CPU case runs, the first is the floor."""
     for case in cases.CASES:
         if case.device == "cpu":
             functions = dict(case.build(CPU, False))
             assert next(iter(functions)).startswith("floor"), case.name
-            assert "wsss_ops" in functions
+            assert case.op == "ceilings" or "wsss_ops" in functions
             for function in functions.values():
                 function()

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 
 from ..measure import Function
-from . import deform, esol, ocr, patch, ppl, prototype, sfc
+from . import ceilings, deform, esol, ocr, patch, ppl, prototype, sfc
 from .case import Case
 
 CASES: list[Case] = [
-    *deform.CASES, *esol.CASES, *ocr.CASES, *patch.CASES, *ppl.CASES, *prototype.CASES, *sfc.CASES
+    *ceilings.CASES, *deform.CASES, *esol.CASES, *ocr.CASES, *patch.CASES, *ppl.CASES, *prototype.CASES, *sfc.CASES
 ]  # fmt: skip
 # Per operator, calls on inputs too small to matter.
 OVERHEADS: dict[str, Callable[[torch.device], dict[str, Function]]] = {

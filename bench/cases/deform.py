@@ -12,7 +12,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ import wsss_ops
 from wsss_ops import reference
 
 from ..measure import Function
-from .case import Case
+from .case import Case, Precision, arithmetic
 
 # Which of (input, offset, weight, bias, mask) learn.
 LEARNING = {
@@ -41,7 +41,11 @@ class Layer:
     size: int
     offset_groups: int = 1
     masked: bool = False
-    dtype: torch.dtype = torch.float32
+    precision: Precision = "fp32"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     @property
     def pixels(self) -> int:
@@ -78,9 +82,9 @@ def deform_case(layer: Layer, learns: str, layout: torch.memory_format) -> Case:
 
             def run() -> object:
                 output = operator(input, offset, weight, bias, padding=1, mask=mask)
-                return torch.autograd.grad(output, leaves, gradient) if leaves else output
+                return torch.autograd.grad(output, leaves, gradient.to(output.dtype)) if leaves else output
 
-            return run
+            return arithmetic(layer.precision, run)
 
         name, floor = bare_products(layer, device, products)
         functions: dict[str, Function] = {
@@ -101,7 +105,7 @@ def deform_case(layer: Layer, learns: str, layout: torch.memory_format) -> Case:
         name=f"{layer.name} {learns} {'channels_last' if layout == torch.channels_last else 'NCHW'}",
         op="deform",
         work=f"N{layer.images} C{layer.channels} {layer.size}x{layer.size} 3x3, {layer.channels} outputs, "
-        f"{str(layer.dtype).removeprefix('torch.')}{groups}",
+        f"{layer.precision}{groups}",
         device=layer.device,
         flops=products * 2 * layer.pixels * 9 * layer.channels**2,
         build=build,
@@ -111,9 +115,10 @@ def deform_case(layer: Layer, learns: str, layout: torch.memory_format) -> Case:
 def bare_products(layer: Layer, device: torch.device, count: int) -> tuple[str, Function]:
     """The convolution's first `count` products alone, over columns that are there, by the faster of two means."""
     rows, width, outputs = layer.pixels, 9 * layer.channels, layer.channels
+    precision: Precision = "bf16" if layer.precision == "autocast" else layer.precision
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     columns, weight, gradient = (
-        torch.randn(shape, device=device).to(layer.dtype)
-        for shape in ((rows, width), (outputs, width), (rows, outputs))
+        torch.randn(shape, device=device).to(dtype) for shape in ((rows, width), (outputs, width), (rows, outputs))
     )
     maps = [x.view(layer.images, layer.size, layer.size, -1).permute(0, 3, 1, 2) for x in (columns, gradient)]
     kernel = weight.view(outputs, width, 1, 1)
@@ -130,8 +135,8 @@ def bare_products(layer: Layer, device: torch.device, count: int) -> tuple[str, 
             lambda: by_backward([False, True, False]),
         ],
     }
-    name = fastest(device, layer, {name: products[0] for name, products in means.items()})
-    return name, lambda: [product() for product in means[name][:count]]
+    name = fastest(device, layer, {name: arithmetic(precision, each[0]) for name, each in means.items()})
+    return name, arithmetic(precision, lambda: [product() for product in means[name][:count]])
 
 
 _fastest: dict[Layer, str] = {}
@@ -167,8 +172,8 @@ def overhead(device: torch.device) -> dict[str, Function]:
 
 D3 = Layer("D3", "cpu", 2, 256, 32)
 GPU_LAYERS = [
-    Layer(f"{name} {suffix}", "cuda", 16, channels, size, offset_groups, masked, dtype)
-    for suffix, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    Layer(f"{name} {precision}", "cuda", 16, channels, size, offset_groups, masked, precision)
+    for precision in get_args(Precision)
     for name, channels, size, offset_groups, masked in (
         ("D1", 2048, 32, 1, False),
         ("D2", 256, 64, 1, False),
