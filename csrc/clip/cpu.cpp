@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "clip/math.h"
+#include "with_type.h"
 
 namespace wsss::clip::WSSS_LEVEL {
 namespace {
@@ -167,29 +168,11 @@ void differentiate_images(const Params& p, const Where& where) {
 }  // namespace
 
 void clip(const Params& p, const Where& where) {
-    switch (p.dtype) {
-        case DType::kFloat64:
-            return clip_images<double>(p, where);
-        case DType::kFloat32:
-            return clip_images<float>(p, where);
-        case DType::kFloat16:
-            return clip_images<Float16>(p, where);
-        case DType::kBFloat16:
-            return clip_images<BFloat16>(p, where);
-    }
+    with_type(p.dtype, [&](auto type) { clip_images<typename decltype(type)::type>(p, where); });
 }
 
 void differentiate(const Params& p, const Where& where) {
-    switch (p.dtype) {
-        case DType::kFloat64:
-            return differentiate_images<double>(p, where);
-        case DType::kFloat32:
-            return differentiate_images<float>(p, where);
-        case DType::kFloat16:
-            return differentiate_images<Float16>(p, where);
-        case DType::kBFloat16:
-            return differentiate_images<BFloat16>(p, where);
-    }
+    with_type(p.dtype, [&](auto type) { differentiate_images<typename decltype(type)::type>(p, where); });
 }
 
 }  // namespace wsss::clip::WSSS_LEVEL

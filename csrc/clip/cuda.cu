@@ -8,6 +8,7 @@
 // result depends on an order, so all are the same each time.
 #include "clip/math.h"
 #include "launch.h"
+#include "with_type.h"
 
 namespace wsss::clip {
 namespace {
@@ -177,16 +178,7 @@ void run_with(const Params& p, const Where& where) {
 
 template <class Operation>
 void run(const Params& p, const Where& where) {
-    switch (p.dtype) {
-        case DType::kFloat64:
-            return run_with<Operation, double>(p, where);
-        case DType::kFloat32:
-            return run_with<Operation, float>(p, where);
-        case DType::kFloat16:
-            return run_with<Operation, __half>(p, where);
-        case DType::kBFloat16:
-            return run_with<Operation, __nv_bfloat16>(p, where);
-    }
+    with_type(p.dtype, [&](auto type) { run_with<Operation, typename decltype(type)::type>(p, where); });
 }
 
 }  // namespace

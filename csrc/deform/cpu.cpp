@@ -27,6 +27,7 @@
 
 #include "deform/tile.h"
 #include "multiply.h"
+#include "with_type.h"
 
 namespace wsss::deform::WSSS_LEVEL {
 namespace {
@@ -339,22 +340,14 @@ void differentiate_weight_all(const Params& p, const Where& where) {
 
 }  // namespace
 
-#define WSSS_FOR_EACH_TYPE(function)             \
-    switch (p.dtype) {                           \
-        case DType::kFloat64:                    \
-            return function<double>(p, where);   \
-        case DType::kFloat32:                    \
-            return function<float>(p, where);    \
-        case DType::kFloat16:                    \
-            return function<Float16>(p, where);  \
-        case DType::kBFloat16:                   \
-            return function<BFloat16>(p, where); \
-    }
-
-void convolve(const Params& p, const Where& where) { WSSS_FOR_EACH_TYPE(convolve_all) }
-void differentiate(const Params& p, const Where& where) { WSSS_FOR_EACH_TYPE(differentiate_all) }
+void convolve(const Params& p, const Where& where) {
+    with_type(p.dtype, [&](auto type) { convolve_all<typename decltype(type)::type>(p, where); });
+}
+void differentiate(const Params& p, const Where& where) {
+    with_type(p.dtype, [&](auto type) { differentiate_all<typename decltype(type)::type>(p, where); });
+}
 void differentiate_weight(const Params& p, const Where& where) {
-    WSSS_FOR_EACH_TYPE(differentiate_weight_all)
+    with_type(p.dtype, [&](auto type) { differentiate_weight_all<typename decltype(type)::type>(p, where); });
 }
 
 }  // namespace wsss::deform::WSSS_LEVEL

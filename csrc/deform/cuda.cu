@@ -14,6 +14,7 @@
 
 #include "deform/math.h"
 #include "launch.h"
+#include "with_type.h"
 
 namespace wsss::deform {
 namespace {
@@ -311,16 +312,7 @@ void with_vectors(const Params& p, const Body& body) {
 
 template <class Body>
 void with_types(const Params& p, const Body& body) {
-    switch (p.dtype) {
-        case DType::kFloat64:
-            return with_vectors<double>(p, body);
-        case DType::kFloat32:
-            return with_vectors<float>(p, body);
-        case DType::kFloat16:
-            return with_vectors<__half>(p, body);
-        case DType::kBFloat16:
-            return with_vectors<__nv_bfloat16>(p, body);
-    }
+    with_type(p.dtype, [&](auto type) { with_vectors<typename decltype(type)::type>(p, body); });
 }
 
 // As many lanes as a sample has vectors, rounded up to a power of two, at most a warp.

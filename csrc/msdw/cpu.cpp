@@ -8,6 +8,7 @@
 
 #include "cpu_memory.h"
 #include "msdw/math.h"
+#include "with_type.h"
 
 namespace wsss::msdw::WSSS_LEVEL {
 namespace {
@@ -118,16 +119,7 @@ void run(const Params& p, const Where& where) {
 
 template <bool kForward>
 void dispatch(const Params& p, const Where& where) {
-    switch (p.dtype) {
-        case DType::kFloat64:
-            return run<double, kForward>(p, where);
-        case DType::kFloat32:
-            return run<float, kForward>(p, where);
-        case DType::kFloat16:
-            return run<Float16, kForward>(p, where);
-        case DType::kBFloat16:
-            return run<BFloat16, kForward>(p, where);
-    }
+    with_type(p.dtype, [&](auto type) { run<typename decltype(type)::type, kForward>(p, where); });
 }
 
 }  // namespace

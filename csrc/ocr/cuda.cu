@@ -17,6 +17,7 @@
 
 #include "ocr/cuda_pixel.h"
 #include "ocr/cuda_resized.h"
+#include "with_type.h"
 
 namespace wsss::ocr {
 namespace {
@@ -135,11 +136,6 @@ __global__ void __launch_bounds__(kThreads, 2) find_gradients(Params p, Part par
     }
 }
 
-template <class C>
-struct Type {
-    using type = C;
-};
-
 template <class Run>
 void with_classes(const Params& p, const Run& run) {
     if (p.classes <= FewClasses::kMost) return run(Type<FewClasses>());
@@ -191,20 +187,6 @@ void run_backward(const Params& p, const Where& where) {
         launch(kernel, part_blocks(p), dim3(static_cast<unsigned>(staging.threads)),
                staging.bytes + Classes::shared_bytes(p.classes), where.stream, p, Part(p));
     });
-}
-
-template <class Run>
-void with_type(DType dtype, const Run& run) {
-    switch (dtype) {
-        case DType::kFloat64:
-            return run(Type<double>());
-        case DType::kFloat32:
-            return run(Type<float>());
-        case DType::kFloat16:
-            return run(Type<__half>());
-        case DType::kBFloat16:
-            return run(Type<__nv_bfloat16>());
-    }
 }
 
 }  // namespace

@@ -20,6 +20,7 @@
 #include "prototype/cpu_levels.h"
 #include "prototype/cpu_products.h"
 #include "prototype/cpu_seeds.h"
+#include "with_type.h"
 
 namespace wsss::prototype::WSSS_LEVEL {
 namespace {
@@ -352,25 +353,6 @@ void find_gradient(const Params& p, const Where& where) {
         each_block<T>(p, p.pixels, where, write_pixels<T>);
     } else {
         each_block<T>(p, p.channels, where, write_channels<T>);
-    }
-}
-
-template <class T>
-struct Type {
-    using type = T;
-};
-
-template <class Run>
-void with_type(DType dtype, const Run& run) {
-    switch (dtype) {
-        case DType::kFloat64:
-            return run(Type<double>());
-        case DType::kFloat32:
-            return run(Type<float>());
-        case DType::kFloat16:
-            return run(Type<Float16>());
-        case DType::kBFloat16:
-            return run(Type<BFloat16>());
     }
 }
 

@@ -11,6 +11,7 @@
 // classes that have pixels in shared memory and walks only those.
 #include "prototype/cuda_group.h"
 #include "prototype/cuda_levels.h"
+#include "with_type.h"
 
 namespace wsss::prototype {
 namespace {
@@ -324,25 +325,6 @@ __global__ void __launch_bounds__(kThreads, 2) write_gradients(Params p, Items p
     }
     each_number<T, kTogether>(features_of<T>(p, image), pixel, p.pixels, p.channels,
                               [&](int64_t d, W number) { write(d, -self * number); });
-}
-
-template <class T>
-struct Type {
-    using type = T;
-};
-
-template <class Run>
-void with_type(DType dtype, const Run& run) {
-    switch (dtype) {
-        case DType::kFloat64:
-            return run(Type<double>());
-        case DType::kFloat32:
-            return run(Type<float>());
-        case DType::kFloat16:
-            return run(Type<__half>());
-        case DType::kBFloat16:
-            return run(Type<__nv_bfloat16>());
-    }
 }
 
 // run(type, std::bool_constant) with whether pixels are side by side.
