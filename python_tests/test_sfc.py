@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -248,8 +249,27 @@ BAD: dict[str, Bad] = {
         r"scale_weight must be finite",
     ),
     "cam": (lambda c, t, k: normalize_cam(c[0]), ValueError, r"cam must have the 4 dimensions"),
-    "counts": (lambda c, t, k: distribution_coefficients([], 1), ValueError, r"at least one number, all at least 0"),
+    "counts": (
+        lambda c, t, k: distribution_coefficients([], 1),
+        ValueError,
+        r"at least one number, all finite and at least 0",
+    ),
     "negative counts": (lambda c, t, k: distribution_coefficients([1, -2], 1), ValueError, r"got \[1.0, -2.0\]"),
+    "infinite counts": (
+        lambda c, t, k: distribution_coefficients([1, math.inf], 1),
+        ValueError,
+        r"must be finite, got inf",
+    ),
+    "text counts": (
+        lambda c, t, k: distribution_coefficients(["a"], 1),
+        TypeError,
+        r"class_counts must be a number, got 'a'",
+    ),
+    "infinite tensor": (
+        lambda c, t, k: distribution_coefficients(torch.tensor([math.inf]), 1),
+        ValueError,
+        r"all finite",
+    ),
     "zero": (lambda c, t, k: distribution_coefficients([1, 0], 0), ValueError, r"above 0 where nothing is resampled"),
     "resampled": (lambda c, t, k: distribution_coefficients([1, 2], -1), ValueError, r"resampled_per_class must be at"),
 }

@@ -119,13 +119,15 @@ def distribution_coefficients(class_counts: Tensor | Sequence[float], resampled_
         TypeError, ValueError: naming the argument and what was got.
     """
     if isinstance(class_counts, Sequence) and not isinstance(class_counts, str):
-        class_counts = torch.tensor(class_counts, dtype=torch.float64)
+        class_counts = torch.tensor([check_number("class_counts", n) for n in class_counts], dtype=torch.float64)
     check_tensor("class_counts", class_counts, "C - 1", FLOATS + INTEGERS)
     if check_number("resampled_per_class", resampled_per_class) < 0:
         raise ValueError(f"resampled_per_class must be at least 0, got {resampled_per_class}")
     counts = class_counts.double()
-    if counts.numel() == 0 or not bool((counts >= 0).all()):
-        raise ValueError(f"class_counts must be at least one number, all at least 0, got {class_counts.tolist()}")
+    if counts.numel() == 0 or not bool(((counts >= 0) & counts.isfinite()).all()):
+        raise ValueError(
+            f"class_counts must be at least one number, all finite and at least 0, got {class_counts.tolist()}"
+        )
     seen = counts + resampled_per_class
     if not bool((seen > 0).all()):
         raise ValueError("class_counts must be above 0 where nothing is resampled, got 0")

@@ -167,7 +167,7 @@ def test_tune_leaves_the_last_blocks_trainable():
     assert trainable == {"_blocks", "_conv_head", "_bn1"}
     assert chosen == {id(p) for p in backbone.parameters() if p.requires_grad}
     assert len(backbone.tune(-1)) == len(list(backbone.parameters()))
-    with pytest.raises(ValueError, match="tuned blocks"):
+    with pytest.raises(ValueError, match="tune_blocks"):
         backbone.tune(19)
 
 

@@ -95,5 +95,13 @@ def test_bad_input() -> None:
     bank.update(images, tags, valid)
     with pytest.raises(ValueError, match=r"size of those before, \[3, 4, 5\], got \[1, 3, 4, 4\]"):
         bank.update(images[..., :4], tags, valid[..., :4])
+    with pytest.raises(ValueError, match=r"images must have shape \[1, 3, 4, 5\], got \[1, 2, 4, 5\]"):
+        bank.update(images[:, :2], tags, valid)
+    with pytest.raises(TypeError, match=r"dtype of those before, torch.float32, got torch.float16"):
+        bank.update(images.half(), tags, valid)
     with pytest.raises(ValueError, match=r"k must be at least 1, got 0"):
         bank.sample(0)
+    with pytest.raises(TypeError, match=r"generator must be a torch.Generator or None, got int"):
+        bank.sample(1, 3)
+    with pytest.raises(ValueError, match=r"num_classes of the state must be 3, as this bank's, got 2"):
+        ImageBank(3).load_state_dict(bank.state_dict())

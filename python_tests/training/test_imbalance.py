@@ -158,9 +158,9 @@ def test_left_over_classes_go_to_the_head_then_to_the_tail(classes, sizes):
     assert ("-" in group_table(found)) == (0 in sizes)
 
 
-@pytest.mark.parametrize("value", [0.5, float("nan"), float("inf")])
-def test_an_imbalance_out_of_range_is_an_error(value):
-    with pytest.raises(ValueError, match=f"imbalance must be a number of at least 1, got {value}"):
+@pytest.mark.parametrize(("value", "what"), [(0.5, "at least 1"), (float("nan"), "finite"), (float("inf"), "finite")])
+def test_an_imbalance_out_of_range_is_an_error(value, what):
+    with pytest.raises(ValueError, match=f"imbalance must be {what}, got {value}"):
         Settings(imbalance=value)
 
 
@@ -223,9 +223,9 @@ def test_evaluation_afterwards_has_the_groups_of_the_model_file(long_tailed, tmp
     check_groups(tmp_path, {"cat": 15, "person": 12, "dog": 6})
 
 
-def test_a_run_on_all_images_is_that_of_before_the_setting(voc, long_tailed, tmp_path):
+def test_a_run_on_all_images_is_that_of_before_the_setting(voc, long_tailed, tmp_path, capsys):
     """Its record is what older runs have, its model file loads where it lacks what theirs lack, and groups are none;
-    a run on a long tail can start from it, but does not take its figures for its own."""
+    a run on a long tail cannot start from it: its CAM has seen what the tail leaves out."""
     plain, esol = tmp_path / "plain", tmp_path / "esol"
     assert train_here(*command("cam", voc, plain)) == 0
     assert "imbalance" not in read(plain / "settings.json")
@@ -237,12 +237,13 @@ def test_a_run_on_all_images_is_that_of_before_the_setting(voc, long_tailed, tmp
     assert (system.class_images, system.settings.imbalance) == (None, 1)
 
     stages = ("--expansion-epochs", 1, "--shrinkage-epochs", 1, "--imbalance", RATIO)
-    assert train_here(*command("esol", voc, esol, *stages, "--start", plain)) == 0
-    for folder in (esol, esol / "cam", esol / "expansion"):
+    assert train_here(*command("esol", voc, esol, *stages, "--start", plain)) == 2
+    assert "model.pt has imbalance 1, this run 4.0" in capsys.readouterr().err
+    assert not esol.exists()
+    assert train_here(*command("esol", voc, esol, *stages, "--start", long_tailed[0])) == 0
+    assert not (esol / "cam").exists()  # the figures are those of the same long tail
+    for folder in (esol, esol / "expansion"):
         check_groups(folder, {"cat": 15, "person": 12, "dog": 6})
-    again = tmp_path / "again"
-    assert train_here(*command("esol", voc, again, *stages, "--start", long_tailed[0])) == 0
-    assert not (again / "cam").exists()  # the figures are those of the same long tail
 
 
 def test_segmentation_networks_have_groups_too(voc, long_tailed, tmp_path):

@@ -188,8 +188,9 @@ def test_maps_of_any_size_have_patches(mode, size):
         ({"stage_rate": 0.0}, "stage_rate must be above 0, got 0.0"),
         ({"positions": (2, -1)}, r"positions must be one or more numbers of at least 0, got \(2, -1\)"),
         ({"positions": ()}, r"positions must be one or more numbers of at least 0, got \(\)"),
-        ({"grids": (2,)}, r"grids must be 2 numbers above 0, as positions are, got \(2,\)"),
-        ({"grids": (2, 0)}, r"grids must be 2 numbers above 0, as positions are, got \(2, 0\)"),
+        ({"grids": (2,)}, r"grids must be as many numbers above 0 as positions has, 2, got \(2,\)"),
+        ({"grids": (2, 0)}, r"grids must be as many numbers above 0 as positions has, 2, got \(2, 0\)"),
+        ({"grids": (2, 5)}, r"grids must be at most 4, the cells of a crop's side, got \(2, 5\)"),
         ({"positions": (5, 2)}, r"positions must be at most 4, the blocks of tiny, got \(5, 2\)"),
     ],
 )

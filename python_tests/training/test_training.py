@@ -200,10 +200,17 @@ def test_a_folder_of_something_else_is_left_alone(voc, tmp_path, capsys):
     [
         (["--epochs", "0"], "epochs must be"),
         (["--scales", "0"], "scales must be"),
-        (["--batch-size", "17"], "batch_size must be"),
+        (["--scales", "inf"], "scales must be"),
+        (["--batch-size", "17"], "batch_size must be at least 1 and at most the 16 training images, got 17"),
+        (["--size", "7"], "size must be at least output_stride, 8, got 7"),
+        (["--lr", "nan"], "lr must be finite, got nan"),
+        (["--backbone-lr", "-1"], "backbone_lr must be at least 0, got -1.0"),
+        (["--seed", "-1"], "seed must be at least 0, got -1"),
+        (["--workers", "-1"], "--workers must be at least 0, got -1"),
+        (["--panels", "-1"], "--panels must be at least 0, got -1"),
         (["--output-stride", "32"], "output_stride of tiny"),
         (["--weights", "absent.pth"], "absent.pth is not a readable PyTorch file"),
-        (["--tune-blocks", "99"], "tuned blocks must be"),
+        (["--tune-blocks", "99"], "tune_blocks must be"),
     ],
 )
 def test_bad_options_leave_nothing_behind(voc, tmp_path, capsys, more, message):
@@ -220,6 +227,16 @@ def test_evaluate_repeats_the_figures_of_training(voc, unbroken, tmp_path, capsy
     assert abs(metrics(tmp_path)["validation"]["mIoU"] - metrics(unbroken[0])["validation"]["mIoU"]) < 1e-3
     assert not (tmp_path / "panels.png").exists()
     assert "mIoU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("option", "message"), [("--scales", "scales must be"), ("--panels", "--panels must be")])
+def test_evaluate_refuses_bad_options(unbroken, tmp_path, capsys, option, message):
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    arguments = ["--checkpoint", str(unbroken[0]), "--out", str(tmp_path / "out"), "--device", "cpu", option, "-1"]
+    assert evaluate.main(parser.parse_args(arguments)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_evaluate_tells_what_it_cannot_load(tmp_path, capsys):

@@ -52,7 +52,7 @@ class Backbone(nn.Module):
     def tune(self, last_blocks: int) -> list[nn.Parameter]:
         """Leaves only the last blocks trainable and returns their parameters; -1 stands for all blocks."""
         if not -1 <= last_blocks <= len(self.blocks):
-            raise ValueError(f"tuned blocks must be -1 (all) to {len(self.blocks)}, got {last_blocks}")
+            raise ValueError(f"tune_blocks must be -1 (all) to {len(self.blocks)}, got {last_blocks}")
         first = 0 if last_blocks < 0 else len(self.blocks) - last_blocks
         self.requires_grad_(False)
         chosen = [parameter for block in self.blocks[first:] for parameter in block.parameters()]

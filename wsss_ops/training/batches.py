@@ -112,10 +112,9 @@ class TrainingBatches:
     def __init__(self, dataset: Dataset, *, size: int, batch_size: int, seed: int, workers: int,
                  processes: Processes, masks: bool = False) -> None:  # fmt: skip
         if batch_size % processes.count or not 0 < batch_size <= len(dataset):
-            raise ValueError(
-                f"batch_size must be a multiple of the {processes.count} processes, at least 1 and at most the "
-                f"{len(dataset)} training images, got {batch_size}"
-            )
+            shared = f"a multiple of the {processes.count} processes, " if processes.count > 1 else ""
+            most = f"at most the {len(dataset)} training images"
+            raise ValueError(f"batch_size must be {shared}at least 1 and {most}, got {batch_size}")
         self.images, self.batch_size, self.seed, self.processes = len(dataset), batch_size, seed, processes
         self.steps = self.images // batch_size
         self._keys: list[list[tuple[int, int]]] = []

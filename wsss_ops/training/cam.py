@@ -111,20 +111,25 @@ class CamSystem(System):
 def read_start(settings: SettingsAfterCam, classes: Sequence[str]) -> dict[str, Tensor]:
     """The network of the finished CAM run that settings.start names.
 
-    Raises ValueError where there is none, and where its classes, backbone or output stride are not those asked for.
+    Raises ValueError where there is none, and where its classes, backbone, output stride or imbalance are not those
+    asked for.
     """
     assert settings.start is not None
     path = Path(settings.start)
     file = path / checkpoints.MODEL if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"start: {file} does not exist; a cam run writes it when its training is finished")
-    content = checkpoints.load(file)
+    try:
+        content = checkpoints.load(file)
+    except ValueError as error:
+        raise ValueError(f"start: {error}") from error
     if content.get("system") != "cam":
-        raise ValueError(f"start: {file} is no model of a cam run, it is one of {content.get('system')!r}")
+        what = f"it is one of {content['system']!r}" if "system" in content else "name model.pt or the run folder"
+        raise ValueError(f"start: {file} is no model of a cam run, {what}")
     if tuple(content["classes"]) != tuple(classes):
         raise ValueError(f"start: {file} knows the classes {', '.join(content['classes'])}; the data have others")
-    for name in ("backbone", "output_stride"):
-        there, here = content["settings"][name], getattr(settings, name)
+    for name in ("backbone", "output_stride", "imbalance"):
+        there, here = content["settings"].get(name, 1), getattr(settings, name)  # older files have no imbalance
         if there != here:
             raise ValueError(f"start: {file} has {name} {there!r}, this run {here!r}")
     network: dict[str, Tensor] = content["network"]

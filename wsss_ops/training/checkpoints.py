@@ -53,8 +53,9 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for damaged files
-        raise ValueError(f"{path} is not a readable PyTorch file of tensors: {error}") from error
+    except Exception as error:  # torch raises half a dozen types for damaged files, some with pages of advice
+        cause = str(error).split("\n")[0].split(". ")[0]
+        raise ValueError(f"{path} is not a readable PyTorch file of tensors: {cause}") from error
 
 
 def check_claim(out: Path, settings: dict[str, Any]) -> None:
@@ -67,6 +68,8 @@ def check_claim(out: Path, settings: dict[str, Any]) -> None:
     path = out / SETTINGS
     if path.exists():
         before, now = read_json(path), json.loads(json.dumps(settings))
+        if before.get("system") != now.get("system"):
+            raise ValueError(f"{out} holds a run of {before.get('system')}; choose another --out")
         differing = [
             f"{name}: {before.get(name)!r} there, {now.get(name)!r} now"
             for name in sorted({*before, *now})

@@ -9,6 +9,7 @@ from wsss_ops.training import checkpoints
 from wsss_ops.training.data import open_dataset
 from wsss_ops.training.processes import join_processes
 from wsss_ops.training.report import can_draw_curves, evaluate_and_report
+from wsss_ops.training.settings import check_scales
 from wsss_ops.training.system import Segmenter, System
 from wsss_ops.training.train import SYSTEMS, load_ops
 
@@ -36,10 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs the parsed command; returns the exit status."""
     try:
+        if args.panels < 0:
+            raise ValueError(f"--panels must be at least 0, got {args.panels}")
         if (args.out / checkpoints.SETTINGS).exists():
             raise ValueError(f"{args.out} is the folder of a training run, whose figures stay; choose another --out")
         with join_processes(args.device) as processes:
             system, classes = load_system(args.checkpoint, args.ops)
+            scales = tuple(args.scales or system.settings.scales)
+            check_scales(scales)
             if args.baseline is not None:
                 if not isinstance(system, Segmenter):
                     raise ValueError(f"--baseline is for runs of ocr, {args.checkpoint} is none")
@@ -50,7 +55,6 @@ def main(args: argparse.Namespace) -> int:
             if tuple(classes) != data["val"].classes:
                 raise ValueError(f"the model knows the classes {', '.join(classes)}; {path} has others")
             system.network.to(processes.device)
-            scales = tuple(args.scales or system.settings.scales)
             evaluate_and_report(
                 system, data["dev"], data["val"], scales, processes, args.out, panels=args.panels,
                 curve=can_draw_curves(processes), details={"checkpoint": str(args.checkpoint)},

@@ -195,8 +195,7 @@ def part_table(result: dict[str, Any]) -> str:
         figures = row["validation"]
         values = [(figures["mIoU"], 8), (figures["precision"], 11), (figures["recall"], 8)]
         values += [(figures["groups"][group]["mIoU"], 13) for group in groups]
-        cells = (f"{'-':>{width}}" if value is None else f"{value:>{width}.4f}" for value, width in values)
-        lines.append(f"{name:<12}{row['threshold']:>10.2f}" + "".join(cells))
+        lines.append(f"{name:<12}{row['threshold']:>10.2f}" + _cells(values))
     return "\n".join(lines)
 
 
@@ -207,13 +206,14 @@ def stage_table(result: dict[str, Any]) -> str:
     first = next(iter(result["stages"].values()))["threshold"]
     lines = ["", f"{'validation':<12}{'threshold':>10}{'mIoU':>8}{'precision':>11}{'recall':>8}   at {first:.2f}:"]
     for name, row in result["stages"].items():
-        own, at_first = (
-            [float("nan") if figures[key] is None else figures[key] for key in ("mIoU", "precision", "recall")]
-            for figures in (row, row["at_first"])
-        )
-        cells = (f"{figures[0]:>8.4f}{figures[1]:>11.4f}{figures[2]:>8.4f}" for figures in (own, at_first))
+        cells = (_cells([(of["mIoU"], 8), (of["precision"], 11), (of["recall"], 8)]) for of in (row, row["at_first"]))
         lines.append(f"{name:<12}{row['threshold']:>10.2f}" + "   ".join(cells))
     return "\n".join(lines)
+
+
+def _cells(values: Sequence[tuple[float | None, int]]) -> str:
+    """Figures side by side, each in its width."""
+    return "".join(f"{'-':>{width}}" if value is None else f"{value:>{width}.4f}" for value, width in values)
 
 
 def plain(value: Tensor) -> float | None:

@@ -60,10 +60,15 @@ class ImageBank(nn.Module):
         check_shape("valid", valid, (images.shape[0], *images.shape[2:]))
         for name, tensor in (("tags", tags), ("valid", valid)):
             check_device(name, tensor, "images", images)
+        check_shape("images", images, (images.shape[0], 3, *images.shape[2:]))
         if self._slots:
-            size = next(iter(self._slots.values())).images.shape
-            if images.shape[1:] != size:
-                raise ValueError(f"images must be of the size of those before, {list(size)}, got {list(images.shape)}")
+            before = next(iter(self._slots.values())).images
+            if images.shape[1:] != before.shape:
+                raise ValueError(
+                    f"images must be of the size of those before, {list(before.shape)}, got {list(images.shape)}"
+                )
+            if images.dtype != before.dtype:
+                raise TypeError(f"images must have the dtype of those before, {before.dtype}, got {images.dtype}")
         last = {c: i for i, c in (tags.cpu() != 0).nonzero().tolist()}
         kept = {
             i: Stored(*(part[i].detach().to("cpu", copy=True) for part in (images, tags, valid)))
@@ -82,6 +87,8 @@ class ImageBank(nn.Module):
             TypeError, ValueError: naming the argument and what was got; ValueError where no class has been seen.
         """
         check_int("k", k, 1)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
         if not self._slots:
             raise ValueError("the bank is empty: update it with images before drawing from it")
         classes = sorted(self._slots)
@@ -97,8 +104,12 @@ class ImageBank(nn.Module):
         kept = list({id(slot): slot for slot in self._slots.values()}.values())
         places = {id(slot): i for i, slot in enumerate(kept)}
         slots = {c: places[id(slot)] for c, slot in self._slots.items()}
-        return {"images": [tuple(slot) for slot in kept], "slots": slots}
+        return {"num_classes": self.num_classes, "images": [tuple(slot) for slot in kept], "slots": slots}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        if state["num_classes"] != self.num_classes:
+            raise ValueError(
+                f"num_classes of the state must be {self.num_classes}, as this bank's, got {state['num_classes']}"
+            )
         kept = [Stored(*(part.cpu() for part in parts)) for parts in state["images"]]
         self._slots = {c: kept[i] for c, i in state["slots"].items()}

@@ -4,6 +4,7 @@ Li et al., Progressive Patch Learning for Weakly Supervised Semantic Segmentatio
 README.md here says what is the paper's and what is our reading.
 """
 
+import math
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, ClassVar
@@ -27,7 +28,7 @@ class PplSettings(SettingsAfterCam):
     )  # fmt: skip
     positions: tuple[int, ...] = option(
         int, None, "where maps are split: how many of the backbone's last blocks run on patches; the 3x3 layer "
-        "behind them always does (default: 6 2, tiny 3 2)", nargs="+",
+        "behind them always does, with 0 that alone (default: 6 2, tiny 3 2)", nargs="+",
     )  # fmt: skip
     grids: tuple[int, ...] = option(
         int, (2, 4), "patches per row and per column of a map, for each position", nargs="+"
@@ -51,7 +52,12 @@ class PplSettings(SettingsAfterCam):
         if not self.positions or min(self.positions) < 0:
             raise ValueError(f"positions must be one or more numbers of at least 0, got {self.positions}")
         if len(self.grids) != len(self.positions) or min(self.grids) < 1:
-            raise ValueError(f"grids must be {len(self.positions)} numbers above 0, as positions are, got {self.grids}")
+            raise ValueError(
+                f"grids must be as many numbers above 0 as positions has, {len(self.positions)}, got {self.grids}"
+            )
+        cells = math.ceil(self.size / self.output_stride)
+        if max(self.grids) > cells:
+            raise ValueError(f"grids must be at most {cells}, the cells of a crop's side, got {self.grids}")
 
 
 class PplNetwork(StagedCamNetwork):

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -54,13 +54,28 @@ class Settings:
         for name, value in _DEFAULTS[self.backbone].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        for name in ("epochs", "batch_size", "size", "lr"):
+        for field in dataclasses.fields(self):
+            if field.metadata["type"] is float and field.metadata["nargs"] is None:
+                value = getattr(self, field.name)
+                if value is not None and not math.isfinite(value):
+                    raise ValueError(f"{field.name} must be finite, got {value}")
+        for name in ("epochs", "batch_size", "lr"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not 1 <= self.imbalance < math.inf:
-            raise ValueError(f"imbalance must be a number of at least 1, got {self.imbalance}")
-        if not self.scales or min(self.scales) <= 0:
-            raise ValueError(f"scales must be one or more numbers above 0, got {self.scales}")
+        for name in ("seed", "backbone_lr", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.size < self.output_stride:
+            raise ValueError(f"size must be at least output_stride, {self.output_stride}, got {self.size}")
+        if self.imbalance < 1:
+            raise ValueError(f"imbalance must be at least 1, got {self.imbalance}")
+        check_scales(self.scales)
+
+
+def check_scales(scales: Sequence[float]) -> None:
+    """Raises ValueError where image scales are none, not above 0, or not finite."""
+    if not scales or not all(0 < scale < math.inf for scale in scales):
+        raise ValueError(f"scales must be one or more numbers above 0, got {tuple(scales)}")
 
 
 _PRETRAINED: dict[str, Any] = {

@@ -31,7 +31,9 @@ class SfcSettings(SettingsAfterCam):
 
     sfc_epochs: int = option(int, 1, "passes over the training images in the stage sfc")
     sfc_rate: float = option(float, 0.3, "learning rates in the stage sfc, as multiples of --lr and --backbone-lr")
-    bank: int = option(int, 4, "images of the bank, of classes drawn alike, that join each batch; 0: none")
+    bank: int = option(
+        int, 4, "images of the bank, of classes drawn alike, that join each batch; model files hold them; 0: none"
+    )
     prototype_weight: float = option(float, 1.6, "weight of the loss between classifier CAM and prototype CAM")
     scale_weight: float = option(float, 0.8, "weight of the loss between the classifier CAMs of two image sizes")
     background_scale: float = option(float, 0.3, "what the background is multiplied by before seeds are taken")

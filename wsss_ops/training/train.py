@@ -84,6 +84,9 @@ def run(
     A finished run prints its figures and does nothing. Raises ValueError for data that are not in order and where out
     holds a run with other settings.
     """
+    for option, value in (("panels", panels), ("workers", workers or 0)):
+        if value < 0:
+            raise ValueError(f"--{option} must be at least 0, got {value}")
     data = {split: open_dataset(settings.data, split, check=check) for split in ("train", "dev", "val")}
     if settings.imbalance > 1:
         data["train"] = LongTailed(data["train"], settings.imbalance)
