@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, without a network: builds for the GPU that is there, runs the operators' tests on it,
 # looks at the kernels with compute-sanitizer, measures every case, and writes it all down. Made to fit in eight minutes;
-# steps are stopped at limits that add up to 16. It has not run on a GPU yet.
+# steps are stopped at limits that add up to 19. It has not run on a GPU yet.
 #   bench/gpu.sh OUT_DIR
 # Needs nvcc, compute-sanitizer, a CUDA build of torch, and what wsss_ops[test] lists. PYTHON names the interpreter.
 # Each step has a log in OUT_DIR; summary.txt says how each ended. A step that fails does not stop the next ones, except
@@ -40,6 +40,6 @@ for tool in memcheck racecheck initcheck synccheck; do
         python_tests/test_ocr.py python_tests/test_prototype.py python_tests/test_sfc.py -k "$sample"
 done
 
-step bench 240 "$python" -m wsss_ops bench --device cuda --rounds 20 --no-compile --out "$out/bench.json" --plot "$out/bench.png"
+step bench 420 "$python" -m wsss_ops bench --device cuda --rounds 20 --no-compile --out "$out/bench.json" --plot "$out/bench.png"
 cat "$summary"
 exit $failed

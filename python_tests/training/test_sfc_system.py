@@ -420,5 +420,7 @@ def test_a_run_killed_in_the_last_stage_ends_as_an_unbroken_one(tmp_path):
     assert banks[0]["slots"] == banks[1]["slots"]
     kept = zip(*(bank["images"] for bank in banks), strict=True)
     assert all(torch.equal(*pair) for images in kept for pair in zip(*images, strict=True))
-    for folder in (whole, whole / "cam"):
-        assert {"metrics.json", "curve.png", "panels.png"} <= {file.name for file in folder.iterdir()}
+    for folder, parts in ((whole, ("classifier", "refined", "prototype")), (whole / "cam", ())):
+        files = {file.name for file in folder.iterdir()}
+        assert {"metrics.json", "curve.png", "panels.png"} <= files
+        assert {name for name in files if name.startswith("panels-")} == {f"panels-{part}.png" for part in parts}

@@ -11,9 +11,9 @@ from wsss_ops.info import environment
 from wsss_ops.training import checkpoints, segmentation
 from wsss_ops.training.batches import normalize
 from wsss_ops.training.data import Dataset
-from wsss_ops.training.evaluation import evaluate, part_table, stage_table, summarise_stages, table
+from wsss_ops.training.evaluation import COMBINED, evaluate, part_table, stage_table, summarise_stages, table
 from wsss_ops.training.imbalance import group_figures
-from wsss_ops.training.inference import stream_cams
+from wsss_ops.training.inference import combine, stream_parts
 from wsss_ops.training.pictures import Row, has_matplotlib, save_curve, save_displacements, save_panels
 from wsss_ops.training.processes import Processes
 from wsss_ops.training.system import Segmenter, System
@@ -63,9 +63,12 @@ def evaluate_and_report(
             chosen = _spread(validation, panels)
             further += segmentation.save_pictures(system, validation, chosen, scales, processes, out)
         elif panels > 0:
-            rows = panel_rows(system, validation, panels, scales, result["threshold"], processes)
-            save_panels(out / PANELS, rows, validation.classes)
-            further.append(PANELS)
+            thresholds = {COMBINED: result["threshold"]}
+            thresholds |= {name: part["threshold"] for name, part in result.get("parts", {}).items()}
+            for name, rows in panel_rows(system, validation, panels, scales, thresholds, processes).items():
+                file = PANELS if name == COMBINED else f"panels-{name}.png"
+                save_panels(out / file, rows, validation.classes)
+                further.append(file)
             if arrows := displacement_pictures(system, validation, panels, processes):
                 save_displacements(out / DISPLACEMENTS, arrows)
                 further.append(DISPLACEMENTS)
@@ -76,15 +79,19 @@ def evaluate_and_report(
     return result
 
 
-def panel_rows(system: System, dataset: Dataset, count: int, scales: tuple[float, ...], threshold: float,
-               processes: Processes) -> list[Row]:  # fmt: skip
-    """Photo, annotation, CAM and prediction of count images evenly spread over the data set."""
-    rows = []
-    for sample, cams in stream_cams(system, dataset, _spread(dataset, count), scales, processes.device):
-        scores = torch.cat([torch.full_like(cams[:1], threshold), cams]).cpu()
+def panel_rows(system: System, dataset: Dataset, count: int, scales: tuple[float, ...], thresholds: dict[str, float],
+               processes: Processes) -> dict[str, list[Row]]:  # fmt: skip
+    """Photo, annotation, CAM and prediction of count images evenly spread over the data set.
+
+    thresholds: of the system's CAM, under COMBINED, and after it of its parts, if it has several; a list for each.
+    """
+    rows: dict[str, list[Row]] = {name: [] for name in thresholds}
+    for sample, parts in stream_parts(system, dataset, _spread(dataset, count), scales, processes.device):
         names = [dataset.classes[int(index) + 1] for index in sample.tags.nonzero()]
         title = f"{sample.name}: {', '.join(names)}"
-        rows.append(Row(sample.image, sample.mask, scores[1:], scores.argmax(0).byte(), title))
+        for (name, threshold), cams in zip(thresholds.items(), (combine(system, parts), *parts), strict=False):
+            scores = torch.cat([torch.full_like(cams[:1], threshold), cams]).cpu()
+            rows[name].append(Row(sample.image, sample.mask, scores[1:], scores.argmax(0).byte(), title))
     return rows
 
 
