@@ -35,7 +35,7 @@ class Settings:
     backbone: str = option(str, None, "default: efficientnet_lite0, for generated scenes tiny", choices=BACKBONES)
     weights: str | None = option(str, None, "state dict file of the backbone")
     output_stride: int = option(int, None, "pixels per feature")
-    epochs: int = option(int, None, "passes over the training images")
+    epochs: int = option(int, None, "passes over the training images, of several stages the first one's")
     batch_size: int = option(int, 16, "images per step, over all processes")
     size: int = option(int, None, "side of the training crops in pixels")
     tune_blocks: int = option(int, None, "last blocks of the backbone that are trained, -1 for all")
