@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, without a network: builds for the GPU that is there, runs the operators' tests on it,
-# looks at the kernels with compute-sanitizer, measures every case, and writes it all down. Made to fit in eight minutes;
+# looks at the kernels with compute-sanitizer, measures every case, and writes it all down. Meant to take eight minutes;
 # steps are stopped at limits that add up to 19. It has not run on a GPU yet.
 #   bench/gpu.sh OUT_DIR
 # Needs nvcc, compute-sanitizer, a CUDA build of torch, and what wsss_ops[test] lists. PYTHON names the interpreter.

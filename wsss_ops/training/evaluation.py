@@ -193,9 +193,8 @@ def part_table(result: dict[str, Any]) -> str:
     lines = ["", head + "".join(f"{f'{group} mIoU':>13}" for group in groups)]
     for name, row in (result["parts"] | {COMBINED: result}).items():
         figures = row["validation"]
-        values = [(figures["mIoU"], 8), (figures["precision"], 11), (figures["recall"], 8)]
-        values += [(figures["groups"][group]["mIoU"], 13) for group in groups]
-        lines.append(f"{name:<12}{row['threshold']:>10.2f}" + _cells(values))
+        cells = _means(figures) + "".join(_cell(figures["groups"][group]["mIoU"], 13) for group in groups)
+        lines.append(f"{name:<12}{row['threshold']:>10.2f}{cells}")
     return "\n".join(lines)
 
 
@@ -206,14 +205,16 @@ def stage_table(result: dict[str, Any]) -> str:
     first = next(iter(result["stages"].values()))["threshold"]
     lines = ["", f"{'validation':<12}{'threshold':>10}{'mIoU':>8}{'precision':>11}{'recall':>8}   at {first:.2f}:"]
     for name, row in result["stages"].items():
-        cells = (_cells([(of["mIoU"], 8), (of["precision"], 11), (of["recall"], 8)]) for of in (row, row["at_first"]))
-        lines.append(f"{name:<12}{row['threshold']:>10.2f}" + "   ".join(cells))
+        lines.append(f"{name:<12}{row['threshold']:>10.2f}{_means(row)}   {_means(row['at_first'])}")
     return "\n".join(lines)
 
 
-def _cells(values: Sequence[tuple[float | None, int]]) -> str:
-    """Figures side by side, each in its width."""
-    return "".join(f"{'-':>{width}}" if value is None else f"{value:>{width}.4f}" for value, width in values)
+def _means(figures: dict[str, Any]) -> str:
+    return _cell(figures["mIoU"], 8) + _cell(figures["precision"], 11) + _cell(figures["recall"], 8)
+
+
+def _cell(value: float | None, width: int) -> str:
+    return f"{'-':>{width}}" if value is None else f"{value:>{width}.4f}"
 
 
 def plain(value: Tensor) -> float | None:

@@ -24,13 +24,13 @@ def infer_parts(
     height, width = images.shape[2:]
     stride = system.stride
     pictures = normalize(images)
+    present = torch.cat([tags, tags]) if flip else tags
     totals = [torch.zeros(len(images), tags.shape[1], height, width, device=images.device) for _ in system.parts]
     for scale in scales:
         # On stride * k + 1 pixels the corners of map and image coincide, so the CAM is not shifted (see backbones.py).
         size = [stride * max(1, round((side - 1) * scale / stride)) + 1 for side in (height, width)]
         scaled = F.interpolate(pictures, size, mode="bilinear", align_corners=True)
         views = torch.cat([scaled, scaled.flip(-1)]) if flip else scaled
-        present = torch.cat([tags, tags]) if flip else tags
         with system.autocast(images.device):
             parts = system.cams(views.contiguous(memory_format=torch.channels_last), present)
         for total, cams in zip(totals, parts, strict=True):
