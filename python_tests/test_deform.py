@@ -169,7 +169,7 @@ def test_small_workspaces(device: torch.device, dtype: torch.dtype, nbytes: int)
     try:
         got = run(deform_conv2d, case.options, given)
     finally:
-        set_workspace_limit(256 * 2**20)
+        set_workspace_limit(96 * 2**20)
     assert_near(got, run(deform_conv2d, case.options, given), BOUNDS[dtype])
     assert_near(got, run(reference.deform_conv2d, case.options, as_double(given)), BOUNDS[dtype])
 
@@ -184,5 +184,5 @@ def test_sums_over_chunks_are_wide(device: torch.device, dtype: torch.dtype) -> 
     try:
         got = run(deform_conv2d, case.options, given, ["weight"])
     finally:
-        set_workspace_limit(256 * 2**20)
+        set_workspace_limit(96 * 2**20)
     assert_near(got, run(reference.deform_conv2d, case.options, as_double(given), ["weight"]), BOUNDS[dtype])

@@ -113,7 +113,7 @@ def test_deterministic_bit_for_bit(device: torch.device, threads: int, nbytes: i
         first, *others = [run(deform_conv2d, {"padding": 1}, given) for _ in range(4)]
     finally:
         torch.set_num_threads(before)
-        set_workspace_limit(256 * 2**20)
+        set_workspace_limit(96 * 2**20)
     for again in others:
         assert all(torch.equal(again[name], first[name]) for name in first)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 
 import torch
 from torch import Tensor
@@ -10,15 +10,17 @@ from torch import Tensor
 from ._backend import call
 from ._checks import check_int
 
-_workspace = 256 * 2**20
+_workspace = 96 * 2**20
+_TILE = 128  # rows and columns of a result that a multiprocessor computes at a time
 
 
 def set_workspace_limit(nbytes: int) -> None:
-    """Bounds the columns that `deform_conv2d` holds at a time on a GPU, by default to 256 MiB. (A CPU needs none.)
+    """Bounds the columns that `deform_conv2d` holds at a time on a GPU, by default to 96 MiB. (A CPU needs none.)
 
     The samples of as many output pixels as fit are laid out in columns, multiplied, and replaced by the next; one pixel
-    at a time where not even one fits. The limit holds for forward and backward, in this process. The deterministic
-    input gradient needs 40 bytes more per sample and offset group of a chunk.
+    at a time where not even one fits. For the weight's gradient they are those of as many taps as fit, so that each
+    product is of all pixels. The limit holds for forward and backward, in this process. The deterministic input
+    gradient needs 40 bytes more per sample and offset group of a chunk.
 
     Raises:
         TypeError, ValueError: if nbytes is not a positive int.
@@ -27,22 +29,35 @@ def set_workspace_limit(nbytes: int) -> None:
     _workspace = check_int("nbytes", nbytes, 1)
 
 
-def _chunks(rows: int, row_bytes: int, product_width: int, device: torch.device) -> list[slice]:
-    """Slices of rows whose columns fit the workspace, of nearly equal size."""
-    most = max(1, _workspace // row_bytes)
-    if rows <= most:
-        return [slice(0, rows)]
-    size = -(-rows // -(-rows // most))
-    if device.type == "cuda":
-        # Whole waves of the product's tiles of 128x128 leave no multiprocessor without one.
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        wave = 128 * processors // math.gcd(processors, -(-product_width // 128))
-        size = min(-(-size // wave), most // wave) * wave or size
-    return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+@functools.lru_cache
+def _chunks(rows: int, most: int, width: int, processors: int) -> list[slice]:
+    """Slices of `rows`, at most `most` long, whose products with a matrix of `width` columns leave few multiprocessors
+    idle: a product takes as many turns as its tiles need of all multiprocessors."""
+    fewest = -(-rows // most)
+
+    def divide(chunks: int) -> list[slice]:
+        size = min(-(-rows // chunks // _TILE) * _TILE, most)
+        return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+
+    def turns(chunks: list[slice]) -> int:
+        tiles = (-(-(chunk.stop - chunk.start) // _TILE) * -(-width // _TILE) for chunk in chunks)
+        return sum(-(-number // processors) for number in tiles)
+
+    return min((divide(count) for count in range(fewest, fewest + 16)), key=turns)
+
+
+def _in_parts(count: int, most: int) -> list[slice]:
+    """Slices of `count` things, at most `most` long and nearly equally so."""
+    size = -(-count // -(-count // most))
+    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 class Columns:
-    """The operands of a call as the kernels and the products want them. Rows are output pixels, over all images."""
+    """The operands of a call as the kernels and the products want them. Rows are output pixels, over all images.
+
+    Columns, and the weight as `matrix`, are [rows or Cout / groups, groups, taps, Cin / groups] in this order or with
+    the groups in front.
+    """
 
     def __init__(self, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, settings: list[int]) -> None:
         self.input, self.offset, self.mask = input, offset, mask
@@ -50,23 +65,26 @@ class Columns:
         self.groups, self.offset_groups = settings[6:]
         self.device = input.device
         self.rows = offset.shape[0] * offset.shape[2] * offset.shape[3]
-        self.outputs = weight.shape[0]
-        # [groups, Cout / groups, K * Cin / groups], in the order of the columns.
+        self.outputs, self.width = weight.shape[:2]
+        self.taps = weight.shape[2] * weight.shape[3]
+        # [groups, Cout / groups, taps, Cin / groups]
         taps_outside = weight.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        self.matrix = taps_outside.reshape(self.groups, self.outputs // self.groups, -1)
+        self.matrix = taps_outside.reshape(self.groups, -1, self.taps, self.width)
 
     def convolve(self, bias: Tensor | None) -> Tensor:
         """[rows, Cout]."""
-        chunks, memory = self._chunks(self.outputs)
-        result = self.input.new_empty(self.rows, self.groups, self.matrix.shape[1])
+        result = self.input.new_empty(self.rows, self.groups, self.outputs // self.groups)
+        matrix = self.matrix.flatten(2).transpose(1, 2)
+        chunks = self._row_chunks(self.outputs)
+        memory = self._memory(chunks, self.taps)
         for chunk in chunks:
             columns = memory[: chunk.stop - chunk.start]
-            self._sample(chunk.start, columns)
-            part = result[chunk]
+            self._sample(chunk.start, 0, columns)
+            samples = columns.flatten(2).transpose(0, 1)
             if self.groups == 1 and bias is not None:
-                torch.addmm(bias, columns.flatten(1), self.matrix[0].t(), out=part.flatten(1))
+                torch.addmm(bias, samples[0], matrix[0], out=result[chunk, 0])
             else:
-                _multiply(columns, self.matrix.transpose(1, 2), part)
+                _multiply(samples, matrix, result[chunk].transpose(0, 1))
         rows = result.flatten(1)
         return rows if bias is None or self.groups == 1 else rows.add_(bias)
 
@@ -76,44 +94,67 @@ class Columns:
         input_gradient: Tensor | None,
         offset_gradient: Tensor | None,
         mask_gradient: Tensor | None,
-        weight_wanted: bool,
-    ) -> Tensor | None:
-        """Fills the gradients given (adds to the input's, [N, H, W, Cin]); returns the weight's, shaped as `matrix`.
+    ) -> None:
+        """Fills the gradients given; adds to the input's, [N, H, W, Cin].
 
         gradient is the output's, [rows, groups, Cout / groups].
         """
-        chunks, memory = self._chunks(self.matrix.shape[0] * self.matrix.shape[2])
-        total = None
         sorts = torch.are_deterministic_algorithms_enabled()
-        derives = offset_gradient is not None or mask_gradient is not None
         scattered = None if sorts else input_gradient
+        chunks = self._row_chunks(self.groups * self.taps * self.width)
+        memory = self._memory(chunks, self.taps)
         for chunk in chunks:
-            part, columns = gradient[chunk], memory[: chunk.stop - chunk.start]
-            if derives or input_gradient is not None:
-                _multiply(part, self.matrix, columns)
-            if derives or scattered is not None:
+            columns = memory[: chunk.stop - chunk.start]
+            _multiply(gradient[chunk].transpose(0, 1), self.matrix.flatten(2), columns.flatten(2).transpose(0, 1))
+            if offset_gradient is not None or mask_gradient is not None or scattered is not None:
                 wanted = (offset_gradient, mask_gradient, scattered)
                 where = (self.input, self.offset, self.mask, self.settings, chunk.start)
                 call("deform_differentiate", self.device, *where, columns, *wanted)
             if sorts and input_gradient is not None:
                 self._gather(chunk.start, columns, input_gradient)
-            if weight_wanted:
-                self._sample(chunk.start, columns)
-                share = torch.bmm(part.permute(1, 2, 0), columns.transpose(0, 1))
-                if len(chunks) > 1:
-                    share = share.to(self.offset.dtype)  # sums over chunks in the wide type
-                total = share if total is None else total.add_(share)
+
+    def differentiate_weight(self, gradient: Tensor) -> Tensor:
+        """The weight's gradient, shaped as `matrix`, from the output's, [rows, groups, Cout / groups].
+
+        Columns of some taps and all rows: each product is then complete, and nothing is added up in memory. Where not
+        even those of one tap fit, rows are divided as well and summed up in the wide type.
+        """
+        if self.rows == 0:
+            return torch.zeros_like(self.matrix)
+        fit = max(1, _workspace // (self.groups * self.width * self.input.element_size()))  # pixels at one tap
+        rows, taps = _in_parts(self.rows, fit), _in_parts(self.taps, max(1, fit // self.rows))
+        total = torch.empty_like(self.matrix) if len(rows) == 1 else self.offset.new_zeros(self.matrix.shape)
+        by_output = gradient.permute(1, 2, 0)
+        for some in taps:
+            memory = self._memory(rows, some.stop - some.start)
+            share = total[:, :, some].flatten(2)
+            for chunk in rows:
+                columns = memory[: chunk.stop - chunk.start]
+                self._sample(chunk.start, some.start, columns)
+                operands = (by_output[:, :, chunk], columns.flatten(2).transpose(0, 1))
+                if len(rows) == 1:
+                    _multiply(*operands, share)
+                else:
+                    share += torch.bmm(*operands)
         return total
 
-    def _chunks(self, product_width: int) -> tuple[list[slice], Tensor]:
-        """Slices of rows, and memory for the columns of the largest."""
-        width = self.matrix.shape[2]
-        row_bytes = self.groups * width * self.input.element_size()
-        chunks = _chunks(self.rows, row_bytes, product_width, self.device)
-        return chunks, self.input.new_empty(chunks[0].stop, self.groups, width)
+    def _row_chunks(self, product_width: int) -> list[slice]:
+        row_bytes = self.groups * self.taps * self.width * self.input.element_size()
+        most = max(1, _workspace // row_bytes)
+        if self.rows <= most:
+            return [slice(0, self.rows)]
+        processors = 1
+        if self.device.type == "cuda":
+            processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        return _chunks(self.rows, most, product_width, processors)
 
-    def _sample(self, first: int, columns: Tensor) -> None:
-        call("deform_sample", self.device, self.input, self.offset, self.mask, self.settings, first, columns)
+    def _memory(self, chunks: list[slice], taps: int) -> Tensor:
+        """For the columns of the first chunk, which is the largest."""
+        return self.input.new_empty(chunks[0].stop, self.groups, taps, self.width)
+
+    def _sample(self, first: int, first_tap: int, columns: Tensor) -> None:
+        where = (self.input, self.offset, self.mask, self.settings, first, first_tap)
+        call("deform_sample", self.device, *where, columns)
 
     def _gather(self, first: int, columns: Tensor, input_gradient: Tensor) -> None:
         """Adds to the input's gradient in a fixed order: that of a stable sort of the samples' corners by pixel."""
@@ -122,7 +163,7 @@ class Columns:
         targets = torch.empty(shape, dtype=torch.int64, device=self.device)
         weights = input_gradient.new_empty(shape)
         where = (self.input, self.offset, self.mask, self.settings, first)
-        call("deform_find_targets", self.device, *where, targets, weights)
+        call("deform_find_targets", self.device, *where, columns, targets, weights)
         targets, order = targets.flatten().sort(stable=True)
         every = torch.arange(n * height * width * self.offset_groups + 1, device=self.device)
         starts = torch.searchsorted(targets, every)
@@ -130,9 +171,9 @@ class Columns:
         call("deform_gather", self.device, self.input, self.offset, self.settings, columns, *found)
 
 
-def _multiply(rows: Tensor, matrices: Tensor, out: Tensor) -> None:
-    """out [R, g, N] = rows [R, g, M] times matrices [g, M, N]."""
-    if matrices.shape[0] == 1:
-        torch.mm(rows.flatten(1), matrices[0], out=out.flatten(1))
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out [groups, M, N] = a [groups, M, K] times b [groups, K, N], any of them in any strides that BLAS has."""
+    if out.shape[0] == 1:
+        torch.mm(a[0], b[0], out=out[0])
     else:
-        torch.bmm(rows.transpose(0, 1), matrices, out=out.transpose(0, 1))
+        torch.bmm(a, b, out=out)

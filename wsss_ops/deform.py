@@ -225,17 +225,13 @@ def _backward(
             weight_gradient = weight_gradient.to(weight.dtype)
     else:
         rows = gradient.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        rows = rows.reshape(-1, settings[6], outputs // settings[6])
         columns = Columns(pixels, offset, weight, mask, settings)
-        by_matrix = columns.differentiate(
-            rows.reshape(columns.rows, columns.groups, outputs // columns.groups),
-            input_gradient,
-            offset_gradient,
-            mask_gradient,
-            for_weight,
-        )
+        if for_input or for_offset or for_mask:
+            columns.differentiate(rows, input_gradient, offset_gradient, mask_gradient)
         weight_gradient = None
-        if by_matrix is not None:
-            taps_outside = by_matrix.reshape(outputs, kernel_h, kernel_w, group_channels)
+        if for_weight:
+            taps_outside = columns.differentiate_weight(rows).reshape(outputs, kernel_h, kernel_w, group_channels)
             weight_gradient = _in_format_of(weight, taps_outside.permute(0, 3, 1, 2))
     by_input = None if input_gradient is None else _in_format_of(input, input_gradient.permute(0, 3, 1, 2))
     results = (by_input, offset_gradient, weight_gradient, mask_gradient)

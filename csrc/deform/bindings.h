@@ -100,26 +100,31 @@ void bind_deform(py::module_& m) {
 
 #else
 
-// Of the chunk of `count` output pixels from `first` on.
+// With columns of the output pixels from `first` on and of the taps from `first_tap` on, as many as there
+// are: [pixels, groups, taps, channels / groups].
 deform::Params deform_params(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
-                             const DeformSettings& settings, int64_t first, int64_t count) {
+                             const DeformSettings& settings, int64_t first, int64_t first_tap,
+                             const TensorView& columns) {
     deform::Params p = deform_params(input, offset, mask, settings);
+    p.columns = columns.data();
     p.first = first;
-    p.count = count;
+    p.count = columns.size(0);
+    p.first_tap = first_tap;
+    p.taps = columns.size(2);
     const deform::Shape& s = p.shape;
     constexpr int64_t limit = int64_t{1} << 31;  // kernels count these in 32 bits
     if (s.images * s.out_height * s.out_width >= limit ||
         s.images * s.height * s.width * s.offset_groups >= limit ||
-        count * s.offset_groups * s.kernel_h * s.kernel_w >= limit) {
+        p.count * s.offset_groups * p.taps >= limit) {
         throw std::invalid_argument("2^31 pixels or samples of a chunk, or more");
     }
     return p;
 }
 
 void deform_sample(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
-                   const DeformSettings& settings, int64_t first, const TensorView& columns, uint64_t where) {
-    deform::Params p = deform_params(input, offset, mask, settings, first, columns.size(0));
-    p.columns = columns.data();
+                   const DeformSettings& settings, int64_t first, int64_t first_tap,
+                   const TensorView& columns, uint64_t where) {
+    const deform::Params p = deform_params(input, offset, mask, settings, first, first_tap, columns);
     run(deform::sample, p, input, where);
 }
 
@@ -127,16 +132,15 @@ void deform_differentiate(const TensorView& input, const TensorView& offset, con
                           const DeformSettings& settings, int64_t first, const TensorView& columns,
                           const OptionalTensor& offset_gradient, const OptionalTensor& mask_gradient,
                           const OptionalTensor& input_gradient, uint64_t where) {
-    deform::Params p = deform_params(input, offset, mask, settings, first, columns.size(0));
-    p.columns = columns.data();
+    deform::Params p = deform_params(input, offset, mask, settings, first, 0, columns);
     set_gradients(p, offset_gradient, mask_gradient, input_gradient);
     run(deform::differentiate, p, input, where);
 }
 
 void deform_find_targets(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
-                         const DeformSettings& settings, int64_t first, const TensorView& targets,
-                         const TensorView& weights, uint64_t where) {
-    deform::Params p = deform_params(input, offset, mask, settings, first, targets.size(0));
+                         const DeformSettings& settings, int64_t first, const TensorView& columns,
+                         const TensorView& targets, const TensorView& weights, uint64_t where) {
+    deform::Params p = deform_params(input, offset, mask, settings, first, 0, columns);
     p.targets = reinterpret_cast<int64_t*>(targets.data());
     p.weights = weights.data();
     run(deform::find_targets, p, input, where);
@@ -145,8 +149,7 @@ void deform_find_targets(const TensorView& input, const TensorView& offset, cons
 void deform_gather(const TensorView& input, const TensorView& offset, const DeformSettings& settings,
                    const TensorView& columns, const TensorView& weights, const TensorView& order,
                    const TensorView& starts, const TensorView& input_gradient, uint64_t where) {
-    deform::Params p = deform_params(input, offset, {}, settings, 0, columns.size(0));
-    p.columns = columns.data();
+    deform::Params p = deform_params(input, offset, {}, settings, 0, 0, columns);
     p.weights = weights.data();
     p.order = reinterpret_cast<const int64_t*>(order.data());
     p.starts = reinterpret_cast<const int64_t*>(starts.data());
@@ -156,12 +159,13 @@ void deform_gather(const TensorView& input, const TensorView& offset, const Defo
 
 void bind_deform(py::module_& m) {
     m.def("deform_sample", &deform_sample, py::arg("input"), py::arg("offset"), py::arg("mask"),
-          py::arg("settings"), py::arg("first"), py::arg("columns"), py::arg("where"));
+          py::arg("settings"), py::arg("first"), py::arg("first_tap"), py::arg("columns"), py::arg("where"));
     m.def("deform_differentiate", &deform_differentiate, py::arg("input"), py::arg("offset"), py::arg("mask"),
           py::arg("settings"), py::arg("first"), py::arg("columns"), py::arg("offset_gradient"),
           py::arg("mask_gradient"), py::arg("input_gradient"), py::arg("where"));
     m.def("deform_find_targets", &deform_find_targets, py::arg("input"), py::arg("offset"), py::arg("mask"),
-          py::arg("settings"), py::arg("first"), py::arg("targets"), py::arg("weights"), py::arg("where"));
+          py::arg("settings"), py::arg("first"), py::arg("columns"), py::arg("targets"), py::arg("weights"),
+          py::arg("where"));
     m.def("deform_gather", &deform_gather, py::arg("input"), py::arg("offset"), py::arg("settings"),
           py::arg("columns"), py::arg("weights"), py::arg("order"), py::arg("starts"),
           py::arg("input_gradient"), py::arg("where"));

@@ -84,11 +84,4 @@ WSSS_HOST_DEVICE void write_gradients(const Params& p, const Place& at, W by_y, 
     }
 }
 
-// Where a channel's samples lie in the row of columns of an output pixel.
-WSSS_HOST_DEVICE int64_t column_of(const Shape& s, int64_t tap, int64_t channel, int64_t weight_group) {
-    const int64_t width = s.channels / s.groups;
-    const int64_t taps = s.kernel_h * s.kernel_w;
-    return (weight_group * taps + tap) * width + channel - weight_group * width;
-}
-
 }  // namespace wsss::deform

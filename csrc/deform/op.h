@@ -53,8 +53,9 @@ struct Params {
     void* weight_gradient;  // of the wide type
     Strides weight_gradient_strides;
 #else
-    void* columns;  // [count][groups][taps][channels / groups], dense: of the output pixels from `first` on
-    int64_t first, count;
+    void* columns;            // [count][groups][taps][channels / groups], dense
+    int64_t first, count;     // output pixels
+    int64_t first_tap, taps;  // of kernel_h * kernel_w
     // The deterministic way to the input's gradient: 4 corners a sample, in the order pixel, offset group,
     // tap.
     int64_t* targets;       // (image pixel) * offset_groups + group; or, for none, one more than all of them
