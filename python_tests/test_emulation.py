@@ -123,6 +123,15 @@ def test_atomic_add_of_every_type(selftest: Selftest, rng: np.random.Generator) 
         assert result.tolist() == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tensor_cores_and_asynchronous_copies(selftest: Selftest, dtype: torch.dtype) -> None:
+    left, right = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype)
+    for _ in range(4):  # each launch draws anew when its copies happen
+        out = torch.full((16, 8), torch.nan)
+        selftest("product", left, right.t().contiguous(), out, [torch.float16, torch.bfloat16].index(dtype))
+        torch.testing.assert_close(out, left.float() @ right.float())
+
+
 @pytest.mark.parametrize("n", [1, 4, 63, 258, 1027])
 def test_vector_access(selftest: Selftest, rng: np.random.Generator, n: int) -> None:
     x = torch.from_numpy(rng.standard_normal(n).astype(np.float32)).clone()  # torch aligns to 64 bytes

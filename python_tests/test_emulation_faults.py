@@ -10,7 +10,7 @@ import pytest
 from selftest import COMPILER, EMULATION, Selftest, library, load, run
 
 SOURCE = (EMULATION / "faults.cu").read_text().splitlines()
-BLOCK = r"block \(\d, 0, 0\) of grid \(\d, 1, 1\), thread \(\d+, 0, 0\) of block \(\d+, 1, 1\): "
+BLOCK = r"block \(\d+, 0, 0\) of grid \(\d+, 1, 1\), thread \(\d+, 0, 0\) of block \(\d+, 1, 1\): "
 UNWRITTEN = "reads shared memory that no thread of its block has written"
 
 # kernel -> (message, the code on the line that the message ends with)
@@ -60,6 +60,13 @@ FAULTS = {
         "__ldg",
     ),
     "misaligned_half2": ("misaligned access: .* needs an address that is a multiple of 4", "<const __half2*>"),
+    "missing_wait": (UNWRITTEN, "tile[4 * threadIdx.x]"),
+    "wait_for_wrong_group": (UNWRITTEN, "tile[4 * threadIdx.x]"),
+    "copy_over_what_is_read": (
+        r"(reads shared memory that thread .* wrote|writes shared memory that thread .* read) at .*, with no "
+        r"__syncthreads between,",
+        "tile",
+    ),
     "unwritten_static": (UNWRITTEN, "= tile[threadIdx.x];"),
     "unwritten_dynamic": (UNWRITTEN, "= tile[threadIdx.x];"),
     "overflow_in_index": (r"signed overflow: 70\d\d\d \* 70000 does not fit int", "row * columns"),

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ._backend import call
+from ._backend import call, module_for
 from ._checks import check_int
 
 _workspace = 96 * 2**20
@@ -74,6 +74,11 @@ class Columns:
     def convolve(self, bias: Tensor | None) -> Tensor:
         """[rows, Cout]."""
         result = self.input.new_empty(self.rows, self.groups, self.outputs // self.groups)
+        if self._can_multiply_samples() and self._fills_device():
+            addend = None if bias is None else bias.contiguous()
+            where = (self.input, self.offset, self.mask, self.settings)
+            call("deform_multiply", self.device, *where, self.matrix, addend, result.flatten(1))
+            return result.flatten(1)
         matrix = self.matrix.flatten(2).transpose(1, 2)
         chunks = self._row_chunks(self.outputs)
         memory = self._memory(chunks, self.taps)
@@ -138,15 +143,36 @@ class Columns:
                     share += torch.bmm(*operands)
         return total
 
+    def _can_multiply_samples(self) -> bool:
+        """Whether the kernel that samples and multiplies in one can do this call, on this device."""
+        most_outputs, vector = 256, 8  # with more outputs each tile of them would take the same samples anew
+        if self.input.element_size() != 2 or self.groups != 1 or self.outputs > most_outputs or self.outputs % 2 != 0:
+            return False
+        numbers = [self.width // self.offset_groups, *(self.input.stride(dim) for dim in (0, 2, 3))]
+        addresses = [self.input.data_ptr(), self.matrix.data_ptr()]
+        if any(number % vector for number in numbers) or any(address % 16 for address in addresses):
+            return False
+        if self.device.type != "cuda":
+            return True
+        facts = torch.cuda.get_device_properties(self.device)
+        needed: int = module_for(self.device).deform_product_bytes(self.outputs)
+        return facts.major >= 8 and facts.shared_memory_per_block_optin >= needed
+
+    def _fills_device(self) -> bool:
+        """Whether at least every second multiprocessor has a tile."""
+        return self.rows * 2 >= _TILE * self._processors()
+
+    def _processors(self) -> int:
+        if self.device.type != "cuda":
+            return 1
+        return torch.cuda.get_device_properties(self.device).multi_processor_count
+
     def _row_chunks(self, product_width: int) -> list[slice]:
         row_bytes = self.groups * self.taps * self.width * self.input.element_size()
         most = max(1, _workspace // row_bytes)
         if self.rows <= most:
             return [slice(0, self.rows)]
-        processors = 1
-        if self.device.type == "cuda":
-            processors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        return _chunks(self.rows, most, product_width, processors)
+        return _chunks(self.rows, most, product_width, self._processors())
 
     def _memory(self, chunks: list[slice], taps: int) -> Tensor:
         """For the columns of the first chunk, which is the largest."""

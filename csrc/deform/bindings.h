@@ -100,6 +100,16 @@ void bind_deform(py::module_& m) {
 
 #else
 
+void check_counts(const deform::Params& p) {
+    const deform::Shape& s = p.shape;
+    constexpr int64_t limit = int64_t{1} << 31;  // kernels count these in 32 bits
+    if (s.images * s.out_height * s.out_width >= limit ||
+        s.images * s.height * s.width * s.offset_groups >= limit ||
+        p.count * s.offset_groups * p.taps >= limit) {
+        throw std::invalid_argument("2^31 pixels or samples of a chunk, or more");
+    }
+}
+
 // With columns of the output pixels from `first` on and of the taps from `first_tap` on, as many as there
 // are: [pixels, groups, taps, channels / groups].
 deform::Params deform_params(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
@@ -111,14 +121,22 @@ deform::Params deform_params(const TensorView& input, const TensorView& offset, 
     p.count = columns.size(0);
     p.first_tap = first_tap;
     p.taps = columns.size(2);
-    const deform::Shape& s = p.shape;
-    constexpr int64_t limit = int64_t{1} << 31;  // kernels count these in 32 bits
-    if (s.images * s.out_height * s.out_width >= limit ||
-        s.images * s.height * s.width * s.offset_groups >= limit ||
-        p.count * s.offset_groups * p.taps >= limit) {
-        throw std::invalid_argument("2^31 pixels or samples of a chunk, or more");
-    }
+    check_counts(p);
     return p;
+}
+
+void deform_multiply(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
+                     const DeformSettings& settings, const TensorView& weight, const OptionalTensor& bias,
+                     const TensorView& output, uint64_t where) {
+    deform::Params p = deform_params(input, offset, mask, settings);
+    p.count = output.size(0);
+    p.taps = p.shape.kernel_h * p.shape.kernel_w;
+    check_counts(p);
+    p.outputs = output.size(1);
+    p.weight = weight.data();
+    p.bias = data_or_null(bias);
+    p.output = output.data();
+    run(deform::multiply, p, input, where);
 }
 
 void deform_sample(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
@@ -158,6 +176,9 @@ void deform_gather(const TensorView& input, const TensorView& offset, const Defo
 }
 
 void bind_deform(py::module_& m) {
+    m.def("deform_product_bytes", &deform::product_bytes, py::arg("outputs"));
+    m.def("deform_multiply", &deform_multiply, py::arg("input"), py::arg("offset"), py::arg("mask"),
+          py::arg("settings"), py::arg("weight"), py::arg("bias"), py::arg("output"), py::arg("where"));
     m.def("deform_sample", &deform_sample, py::arg("input"), py::arg("offset"), py::arg("mask"),
           py::arg("settings"), py::arg("first"), py::arg("first_tap"), py::arg("columns"), py::arg("where"));
     m.def("deform_differentiate", &deform_differentiate, py::arg("input"), py::arg("offset"), py::arg("mask"),

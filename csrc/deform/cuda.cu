@@ -11,6 +11,7 @@
 // the derivatives, and add those up by shuffles; nothing but the result is written. The same pass adds the
 // input's gradient by vector atomics. `gather` does without atomics, for determinism: a group of lanes takes
 // a target pixel and adds its corners in the order of a stable sort.
+#include "deform/cuda_product.h"
 #include "deform/cuda_samples.h"
 #include "with_type.h"
 
@@ -208,6 +209,22 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 }  // namespace
+
+int64_t product_bytes(int64_t outputs) {
+    return outputs <= 128 ? sizeof(ProductMemory<128, uint16_t, float>)
+                          : sizeof(ProductMemory<256, uint16_t, float>);
+}
+
+void multiply(const Params& p, const Where& where) {
+    const auto with = [&](auto element) {
+        using T = decltype(element);
+        const auto kernel = p.outputs <= 128 ? multiply_samples<T, 128> : multiply_samples<T, 256>;
+        launch(kernel, blocks(static_cast<uint32_t>(p.count), kRows), dim3(kThreads),
+               static_cast<size_t>(product_bytes(p.outputs)), where.stream, p, Divisors(p));
+    };
+    if (p.dtype == DType::kFloat16) with(__half(0.0f));
+    if (p.dtype == DType::kBFloat16) with(__nv_bfloat16(0.0f));
+}
 
 void sample(const Params& p, const Where& where) {
     with_types(p, [&](auto element, auto vector) {

@@ -43,20 +43,32 @@ WSSS_HOST_DEVICE int64_t mask_channel(const Shape& s, const Place& at) {
     return (at.group * s.kernel_h + at.tap_y) * s.kernel_w + at.tap_x;
 }
 
+// What memory says of a sample.
 template <class W>
-WSSS_HOST_DEVICE Sample<W> find_sample(const Params& p, const Place& at) {
-    const Shape& s = p.shape;
-    const int64_t channel = mask_channel(s, at);
+struct Displacement {
+    W y, x, mask;
+};
+
+template <class W>
+WSSS_HOST_DEVICE Displacement<W> load_displacement(const Params& p, const Place& at) {
+    const int64_t channel = mask_channel(p.shape, at);
     const W* offset = static_cast<const W*>(p.offset) + offset_of(p.offset_strides, at, 2 * channel);
-    const W y = static_cast<W>(at.y * s.stride_h - s.padding_h + at.tap_y * s.dilation_h) + offset[0];
-    const W x = static_cast<W>(at.x * s.stride_w - s.padding_w + at.tap_x * s.dilation_w) +
-                offset[p.offset_strides.channel];
+    const W* const mask = static_cast<const W*>(p.mask);
+    return {offset[0], offset[p.offset_strides.channel],
+            mask == nullptr ? W{1} : mask[offset_of(p.mask_strides, at, channel)]};
+}
+
+template <class W>
+WSSS_HOST_DEVICE Sample<W> find_sample(const Params& p, const Place& at,
+                                       const Displacement<W>& displacement) {
+    const Shape& s = p.shape;
+    const W y = static_cast<W>(at.y * s.stride_h - s.padding_h + at.tap_y * s.dilation_h) + displacement.y;
+    const W x = static_cast<W>(at.x * s.stride_w - s.padding_w + at.tap_x * s.dilation_w) + displacement.x;
     Sample<W> sample{};
     // False for NaN; and what is converted to an integer below is small.
     const bool near = y >= -1 && y < static_cast<W>(s.height) && x >= -1 && x < static_cast<W>(s.width);
     if (!near) return sample;
-    sample.mask =
-        p.mask == nullptr ? W{1} : static_cast<const W*>(p.mask)[offset_of(p.mask_strides, at, channel)];
+    sample.mask = displacement.mask;
     const W floor_y = std::floor(y), floor_x = std::floor(x);
     sample.fraction_y = y - floor_y;
     sample.fraction_x = x - floor_x;
@@ -67,6 +79,11 @@ WSSS_HOST_DEVICE Sample<W> find_sample(const Params& p, const Place& at) {
     const unsigned columns = (sample.x >= 0 ? 5u : 0u) | (sample.x + 1 < s.width ? 10u : 0u);
     sample.inside = rows & columns;
     return sample;
+}
+
+template <class W>
+WSSS_HOST_DEVICE Sample<W> find_sample(const Params& p, const Place& at) {
+    return find_sample(p, at, load_displacement<W>(p, at));
 }
 
 // What a sample's gradients sum up to, where they are wanted.

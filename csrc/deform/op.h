@@ -53,6 +53,12 @@ struct Params {
     void* weight_gradient;  // of the wide type
     Strides weight_gradient_strides;
 #else
+    // `multiply` alone
+    int64_t outputs;
+    const void* weight;  // [outputs][taps][channels], dense, 16-byte aligned
+    const void* bias;    // [outputs], or null
+    void* output;        // [count][outputs], dense
+
     void* columns;            // [count][groups][taps][channels / groups], dense
     int64_t first, count;     // output pixels
     int64_t first_tap, taps;  // of kernel_h * kernel_w
@@ -76,6 +82,13 @@ WSSS_OPERATION(differentiate_weight, Params)
 
 #else
 
+// How many bytes of shared memory `multiply` needs for so many outputs; none that it could use where that is
+// more than most_outputs.
+constexpr int64_t most_outputs = 256;
+int64_t product_bytes(int64_t outputs);
+// output = bias + weight * samples, for 16-bit types, one weight group, channels of an offset group that are
+// a multiple of eight, an even number of outputs of at most most_outputs, and 16-byte addresses and strides.
+WSSS_OPERATION(multiply, Params)
 // columns = the samples.
 WSSS_OPERATION(sample, Params)
 // offset_gradient, mask_gradient = from the columns' gradient in `columns`; input_gradient += likewise.

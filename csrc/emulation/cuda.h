@@ -1,10 +1,11 @@
 // The CUDA C++ that our kernels use, for g++: included by launch.h in place of <cuda_runtime.h>,
-// <cuda_fp16.h> and <cuda_bf16.h> under -DWSSS_EMULATED=1. See README.md here.
+// <cuda_fp16.h>, <cuda_bf16.h> and <cuda_pipeline_primitives.h> under -DWSSS_EMULATED=1. See README.md here.
 #pragma once
 
 #include <string>
 
 #include "arithmetic.h"
+#include "copies.h"
 #include "engine.h"
 #include "half.h"
 #include "memory.h"

@@ -248,6 +248,7 @@ void run_block(Random& random) {
         threads[i]->state = State::ready;
         threads[i]->fiber.start(thread_main);
     }
+    running.copies_late = random.below(2) == 1;
     WarpTurns turns(static_cast<unsigned>(warps.size()), random);
     while (live > 0) {
         uint32_t ready_warps = 0;

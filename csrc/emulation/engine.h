@@ -80,10 +80,11 @@ unsigned lanes_not_exited();
 
 // What the checks of single accesses (accesses.cpp, undefined.cpp) need to know of the thread that runs.
 struct Running {
-    unsigned thread = 0;    // within the block, x fastest
-    unsigned barriers = 0;  // that the block has passed
-    uint64_t block = 0;     // counts blocks since the program began, in the order in which they ran
-    unsigned accesses = 0;  // that the thread has made since it last met others
+    unsigned thread = 0;       // within the block, x fastest
+    unsigned barriers = 0;     // that the block has passed
+    uint64_t block = 0;        // counts blocks since the program began, in the order in which they ran
+    bool copies_late = false;  // of the block: asynchronous copies happen at the wait, not at once
+    unsigned accesses = 0;     // that the thread has made since it last met others
     const char* stack_begin = nullptr;  // the thread's own
     const char* stack_end = nullptr;
 

@@ -4,6 +4,7 @@
 
 #include "faults.h"
 #include "launch.h"
+#include "tensor_core.h"
 
 namespace wsss {
 namespace {
@@ -149,6 +150,33 @@ __global__ void misaligned_half2(int* memory) {
     memory[threadIdx.x] = static_cast<int>(__low2float(v));
 }
 
+__global__ void missing_wait(int* memory) {
+    __shared__ __align__(16) int tile[4 * threads];
+    __pipeline_memcpy_async(tile + 4 * threadIdx.x, memory + 4 * threadIdx.x, 16);
+    __pipeline_commit();
+    if (tile[4 * threadIdx.x] != 0) __trap();
+}
+
+__global__ void wait_for_wrong_group(int* memory) {
+    __shared__ __align__(16) int tile[4 * threads];
+    __pipeline_memcpy_async(tile + 4 * threadIdx.x, memory + 4 * threadIdx.x, 16);
+    __pipeline_commit();
+    __pipeline_commit();
+    __pipeline_wait_prior(2);
+    if (tile[4 * threadIdx.x] != 0) __trap();
+}
+
+__global__ void copy_over_what_is_read(int* memory) {
+    __shared__ __align__(16) int tile[4 * threads];
+    for (int turn = 0; turn < 2; ++turn) {
+        __pipeline_memcpy_async(tile + 4 * threadIdx.x, memory + 4 * threadIdx.x, 16);
+        __pipeline_commit();
+        __pipeline_wait_prior(0);  // tile is written at the latest here
+        __syncthreads();
+        if (tile[4 * (threads - 1 - threadIdx.x)] != 0) __trap();
+    }
+}
+
 // Values.
 
 __global__ void unwritten_static(int* memory) {
@@ -222,6 +250,9 @@ const Planted all_planted[] = {
     WSSS_PLANTED(misaligned_float4),
     WSSS_PLANTED(misaligned_ldg),
     WSSS_PLANTED(misaligned_half2),
+    WSSS_PLANTED(missing_wait, 40),
+    WSSS_PLANTED(wait_for_wrong_group, 40),
+    WSSS_PLANTED(copy_over_what_is_read),
     WSSS_PLANTED(unwritten_static),
     WSSS_PLANTED(unwritten_dynamic, 1, threads, threads * sizeof(int)),
     WSSS_PLANTED(overflow_in_index),

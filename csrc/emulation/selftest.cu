@@ -3,6 +3,7 @@
 
 #include "launch.h"
 #include "selftest.h"
+#include "tensor_core.h"
 
 namespace wsss {
 namespace {
@@ -41,6 +42,31 @@ __global__ void transpose_kernel(const T* in, T* out, int rows, int columns) {
     column = blockIdx.x * blockDim.x + threadIdx.y;
     row = blockIdx.y * blockDim.y + threadIdx.x;
     if (row < rows && column < columns) out[column * rows + row] = tile[threadIdx.x * stride + threadIdx.y];
+}
+
+template <class T>
+__global__ void product_kernel(const T* left, const T* right, float* out) {
+    __shared__ __align__(16) uint16_t rows[24][16];  // of the left operand, then columns of the right one
+    const int lane = threadIdx.x;
+    const int row = lane / 2, column = lane % 2 * 8;
+    __pipeline_memcpy_async(&rows[row][column], left + row * 16 + column, 16);
+    __pipeline_commit();
+    if (lane < 16) __pipeline_memcpy_async(&rows[16 + row][column], right + row * 16 + column, 16);
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
+    __syncwarp();
+    uint32_t parts[4], columns[4];
+    load_matrices(parts, &rows[lane % 16][lane / 16 * 8]);
+    load_matrices(columns, &rows[16 + lane % 8][lane / 8 % 2 * 8]);
+    float sums[4] = {};
+    multiply_add<T>(sums, parts, columns[0], columns[1]);
+    for (int i = 0; i < 4; ++i) out[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sums[i];
+}
+
+template <class T>
+void product(const void* left, const void* right, float* out, void* stream) {
+    launch(product_kernel<T>, 1, 32, 0, stream, static_cast<const T*>(left), static_cast<const T*>(right),
+           out);
 }
 
 __global__ void scan_kernel(const int* in, int* out) {
@@ -311,6 +337,11 @@ const char* selftest_sum(const void* x, float* sums, int n, int blocks, int type
 const char* selftest_transpose(const void* in, void* out, int rows, int columns, int type, void* stream) {
     constexpr decltype(&transpose<float>) of_type[] = {transpose<float>, transpose<double>};
     return message_of([&] { of_type[type](in, out, rows, columns, stream); });
+}
+
+const char* selftest_product(const void* left, const void* right, float* out, int type, void* stream) {
+    constexpr decltype(&product<__half>) of_type[] = {product<__half>, product<__nv_bfloat16>};
+    return message_of([&] { of_type[type](left, right, out, stream); });
 }
 
 const char* selftest_scan(const int* in, int* out, int rows, int length, void* stream) {

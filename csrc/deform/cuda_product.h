@@ -1,0 +1,262 @@
+// The deformable convolution as one product on tensor cores, for 16-bit types: samples go to shared memory
+// and never to the device's. Included by cuda.cu alone.
+//
+// D2: N16 C256 64x64 3x3, 256 outputs. 77 GFLOP; through columns 302 MB would be written and read again, half
+// of the time that the product takes. Here 34 MB are read, 34 MB written, and the weight's 1.2 MB once a tile
+// from L2, 0.6 GB. A block computes 128 pixels by all outputs (128 or 256 of them: with more, columns pay,
+// since every tile of outputs would take the same samples), in steps of one tap and 64 channels: its product
+// needs 128 KB of fragments and 48 KB of new operands from shared memory and 64 KB of corners through L1,
+// 1900 cycles at 128 bytes each, more than the 1600 that `mma` takes; so 0.16 ms on 132 multiprocessors
+// against 0.12 ms of a bare product. (`wgmma`, which reads operands once, would reach it: not written, as it
+// is for one architecture alone.) Nothing here has been timed on a GPU yet.
+//
+// Each of 8 warps has 64 pixels by a quarter of the outputs. Within a step, four times: the corners of the
+// next step's samples are loaded, 16 channels are multiplied, and the samples are blended and stored; so
+// loads have the time of a product to arrive. The weight comes by asynchronous copies two steps ahead, and
+// the coordinates of the samples two changes of tap or offset group ahead. One barrier a step.
+#pragma once
+
+#include "deform/cuda_samples.h"
+#include "tensor_core.h"
+
+namespace wsss::deform {
+namespace {
+
+constexpr int kRows = 128;     // of a tile: output pixels
+constexpr int kDepth = 64;     // of a step: channels
+constexpr int kChunk = 8;      // channels in 16 bytes
+constexpr int kStages = 3;     // of the weight
+constexpr int kWarpRows = 64;  // of the tile, by a quarter of the outputs
+constexpr int kWarp = 32;
+
+// Matrices of kDepth columns in shared memory, the chunks of each row exchanged so that neither the eight
+// rows that one instruction reads nor the eight chunks of a row share a bank.
+__device__ int chunk_offset(int row, int chunk) { return row * kDepth + (chunk ^ row % 8) * kChunk; }
+
+template <int kOutputs, class T, class W>
+struct ProductMemory {
+    T samples[2][kRows * kDepth];
+    T weight[kStages][kOutputs * kDepth];
+    Reading<W> readings[2][kRows];
+};
+
+// The channels that one step is about.
+struct Step {
+    uint32_t tap = 0, group = 0;  // which have samples of their own
+    uint32_t slice = 0;           // of the offset group's channels, its first
+
+    __device__ void advance(const Params& p, uint32_t group_channels) {
+        slice += kDepth;
+        if (slice < group_channels) return;
+        slice = 0;
+        if (++group < p.shape.offset_groups) return;
+        group = 0;
+        ++tap;
+    }
+    // In the input.
+    __device__ uint32_t channel(uint32_t group_channels) const { return group * group_channels + slice; }
+};
+
+template <class T, int kOutputs>
+class Product {
+  public:
+    using W = wide<T>;
+    static constexpr int kTiles = kOutputs / 32;  // of 8 outputs, a warp's
+    using Memory = ProductMemory<kOutputs, T, W>;
+
+    __device__ Product(const Params& p, const Divisors& by, Memory& memory)
+        : p_(p),
+          memory_(memory),
+          group_channels_(static_cast<uint32_t>(p.shape.channels / p.shape.offset_groups)),
+          steps_(static_cast<uint32_t>(p.taps * p.shape.offset_groups) *
+                 ((group_channels_ + kDepth - 1) / kDepth)),
+          pixel_(blockIdx.x * kRows + threadIdx.x) {
+        if (threadIdx.x >= kRows || pixel_ >= p.count) return;
+        const uint32_t row = by.out_width.quotient(pixel_);
+        at_.image = by.out_height.quotient(row);
+        at_.y = by.out_height.remainder(row, static_cast<uint32_t>(at_.image));
+        at_.x = by.out_width.remainder(pixel_, row);
+    }
+
+    __device__ void run() {
+        find_displacement();
+        place_samples();
+        copy_weight(0);
+        copy_weight(1);
+        __syncthreads();
+        find_displacement();
+        for (int part = 0; part < 4; ++part) store_samples(0, part, load_corners(part));
+        place_samples();
+        sampled_.advance(p_, group_channels_);
+        for (uint32_t step = 0; step < steps_; ++step) {
+            __pipeline_wait_prior(1);
+            __syncthreads();
+            copy_weight(step + 2);
+            const bool more = step + 1 < steps_;
+            const bool changes = more && sampled_.slice == 0;
+            if (changes) find_displacement();
+#pragma unroll
+            for (int part = 0; part < 4; ++part) {
+                Corners corners;
+                if (more) corners = load_corners(part);
+                multiply(step, part);
+                if (more) store_samples(step + 1, part, corners);
+            }
+            if (changes) place_samples();
+            sampled_.advance(p_, group_channels_);
+        }
+        write();
+    }
+
+  private:
+    using Channels = Vector<T, kChunk>;
+    struct Corners {
+        Channels at[4];
+    };
+
+    // Of the next tap or offset group, for one pixel of the tile a thread.
+    __device__ void find_displacement() {
+        if (threadIdx.x >= kRows || pixel_ >= p_.count || placed_.tap >= p_.taps) return;
+        at_.group = placed_.group;
+        at_.tap_y = placed_.tap / static_cast<uint32_t>(p_.shape.kernel_w);
+        at_.tap_x = placed_.tap - at_.tap_y * p_.shape.kernel_w;
+        displacement_ = load_displacement<W>(p_, at_);
+    }
+    __device__ void place_samples() {
+        if (threadIdx.x < kRows && placed_.tap < p_.taps) {
+            const auto sample = pixel_ < p_.count ? find_sample<W>(p_, at_, displacement_) : Sample<W>{};
+            memory_.readings[placings_ % 2][threadIdx.x] = find_reading(sample, p_.input_strides);
+        }
+        ++placings_;
+        placed_.slice = group_channels_;
+        placed_.advance(p_, group_channels_);
+    }
+
+    // A chunk of one of 32 rows a thread; `part` of four.
+    __device__ Corners load_corners(int part) const {
+        const int row = 32 * part + static_cast<int>(threadIdx.x) / kMostLanes;
+        const uint32_t own = sampled_.slice + kChunk * (threadIdx.x % kMostLanes);
+        const Reading<W>& reading = readings()[row];
+        const T* const from =
+            static_cast<const T*>(p_.input) + reading.first + sampled_.group * group_channels_ + own;
+        Corners corners;
+#pragma unroll
+        for (int corner = 0; corner < 4; ++corner) {
+            const bool inside = own < group_channels_ && (reading.inside >> corner & 1) != 0;
+            corners.at[corner] =
+                inside ? load<T, kChunk>(from + corner_offset(corner, p_.input_strides)) : Channels{};
+        }
+        return corners;
+    }
+    __device__ void store_samples(uint32_t step, int part, const Corners& corners) {
+        const int row = 32 * part + static_cast<int>(threadIdx.x) / kMostLanes;
+        const Reading<W>& reading = readings()[row];
+        Channels blended;
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) {
+            W sum = 0;
+#pragma unroll
+            for (int corner = 0; corner < 4; ++corner) {
+                sum += reading.weight[corner] * static_cast<W>(corners.at[corner].at[i]);
+            }
+            blended.at[i] = static_cast<T>(sum);
+        }
+        T* const to =
+            memory_.samples[step % 2] + chunk_offset(row, static_cast<int>(threadIdx.x) % kMostLanes);
+        *reinterpret_cast<Channels*>(to) = blended;
+    }
+    // Those that are sampled from.
+    __device__ const Reading<W>* readings() const {
+        return memory_
+            .readings[(sampled_.tap * static_cast<uint32_t>(p_.shape.offset_groups) + sampled_.group) % 2];
+    }
+
+    // A chunk of kOutputs / 32 rows a thread. A group of copies, be it empty, for every step.
+    __device__ void copy_weight(uint32_t step) {
+        if (step < steps_) {
+            const uint32_t own = copied_.slice + kChunk * (threadIdx.x % kMostLanes);
+            const int64_t column = copied_.tap * p_.shape.channels + copied_.group * group_channels_ + own;
+            T* const to = memory_.weight[step % kStages];
+#pragma unroll
+            for (int row = static_cast<int>(threadIdx.x) / kMostLanes; row < kOutputs;
+                 row += kThreads / kMostLanes) {
+                const bool there = row < p_.outputs && own < group_channels_;
+                const T* const from = static_cast<const T*>(p_.weight) +
+                                      (there ? row * p_.taps * p_.shape.channels + column : 0);
+                __pipeline_memcpy_async(to + chunk_offset(row, static_cast<int>(threadIdx.x) % kMostLanes),
+                                        from, 16, there ? 0 : 16);
+            }
+            copied_.advance(p_, group_channels_);
+        }
+        __pipeline_commit();
+    }
+
+    // 16 channels of the step.
+    __device__ void multiply(uint32_t step, int part) {
+        const int lane = static_cast<int>(threadIdx.x) % kWarp;
+        const T* const samples = memory_.samples[step % 2];
+        const T* const weight = memory_.weight[step % kStages];
+        uint32_t left[4][4];
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+            load_matrices(left[m],
+                          samples + chunk_offset(first_row() + 16 * m + lane % 16, 2 * part + lane / 16));
+        }
+#pragma unroll
+        for (int n = 0; n < kTiles; n += 2) {
+            uint32_t right[4];
+            load_matrices(right, weight + chunk_offset(first_output() + 8 * n + lane / 16 * 8 + lane % 8,
+                                                       2 * part + lane / 8 % 2));
+#pragma unroll
+            for (int m = 0; m < 4; ++m) {
+                multiply_add<T>(sums_[m][n], left[m], right[0], right[1]);
+                multiply_add<T>(sums_[m][n + 1], left[m], right[2], right[3]);
+            }
+        }
+    }
+
+    __device__ void write() const {
+        const int lane = static_cast<int>(threadIdx.x) % kWarp;
+        const T* const bias = static_cast<const T*>(p_.bias);
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+            const int output = first_output() + 8 * n + lane % 4 * 2;
+            if (output >= p_.outputs) continue;
+            const W bias_0 = bias == nullptr ? W{0} : static_cast<W>(bias[output]);
+            const W bias_1 = bias == nullptr ? W{0} : static_cast<W>(bias[output + 1]);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {  // sets of 8 rows
+                const int64_t pixel =
+                    static_cast<int64_t>(blockIdx.x) * kRows + first_row() + 8 * i + lane / 4;
+                if (pixel >= p_.count) continue;
+                const float* const sums = sums_[i / 2][n] + i % 2 * 2;
+                *reinterpret_cast<Vector<T, 2>*>(static_cast<T*>(p_.output) + pixel * p_.outputs + output) = {
+                    {static_cast<T>(sums[0] + bias_0), static_cast<T>(sums[1] + bias_1)}};
+            }
+        }
+    }
+
+    // Of the warp.
+    __device__ int first_row() const { return static_cast<int>(threadIdx.x) / (4 * kWarp) * kWarpRows; }
+    __device__ int first_output() const { return static_cast<int>(threadIdx.x) / kWarp % 4 * (kOutputs / 4); }
+
+    const Params& p_;
+    Memory& memory_;
+    const uint32_t group_channels_, steps_;
+    const uint32_t pixel_;
+    Place at_{};  // of the thread's pixel
+    Displacement<W> displacement_{};
+    Step placed_, sampled_, copied_;  // what comes next of each
+    uint32_t placings_ = 0;
+    float sums_[4][kTiles][4] = {};
+};
+
+template <class T, int kOutputs>
+__global__ void __launch_bounds__(kThreads) multiply_samples(Params p, Divisors by) {
+    using Tile = Product<T, kOutputs>;
+    WSSS_DYNAMIC_SHARED(typename Tile::Memory, memory);
+    Tile(p, by, *memory).run();
+}
+
+}  // namespace
+}  // namespace wsss::deform
