@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +56,28 @@ def test_matches_reference(device: torch.device, case: Case, dtype: torch.dtype,
     given = tensors(case, device, dtype)
     assert_near(output(given, case), output(as_double(given), case, reference.deform_conv2d), BOUNDS[dtype])
     assert used == [True] * uses_columns(device)
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared", "outputs", "fits"),
+    [(9, 227, 256, True), (8, 99, 128, True), (8, 99, 130, False), (7, 227, 16, False)],
+)
+def test_needs_a_gpu_with_enough_shared_memory(
+    emulated_module: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: int,
+    shared: int,
+    outputs: int,
+    fits: bool,
+) -> None:
+    facts = SimpleNamespace(major=capability, shared_memory_per_block_optin=shared * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    monkeypatch.setattr(_backend, "_cuda", emulated_module)
+    input, weight = torch.zeros(1, 8, 2, 2).bfloat16(), torch.zeros(outputs, 8, 1, 1).bfloat16()
+    input = input.contiguous(memory_format=torch.channels_last)
+    columns = Columns(input, torch.zeros(1, 2, 2, 2), weight, None, [1, 1, 0, 0, 1, 1, 1, 1])
+    columns.device = torch.device("cuda")
+    assert columns._can_multiply_samples() == fits
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

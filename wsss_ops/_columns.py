@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,9 +161,9 @@ class Columns:
             return False
         if self.device.type != "cuda":
             return True
-        facts = torch.cuda.get_device_properties(self.device)
-        needed: int = module_for(self.device).deform_product_bytes(self.outputs)
-        return facts.major >= 8 and facts.shared_memory_per_block_optin >= needed
+        facts: Any = torch.cuda.get_device_properties(self.device)
+        needed = module_for(self.device).deform_product_bytes(self.outputs)
+        return bool(facts.major >= 8 and facts.shared_memory_per_block_optin >= needed)
 
     def _fills_device(self) -> bool:
         """Whether at least every second multiprocessor has a tile."""
