@@ -38,9 +38,9 @@ means. torchvision (0.27.1) computes every gradient whatever is asked for, so th
 and `all` is this machine's noise.
 
 On a CPU no columns are stored: samples are multiplied tile by tile in the caches, by a product of our own that is about
-as fast as oneDNN's there and twice as fast as MKL's. On CUDA samples are laid out in columns, in chunks of at most 96 MiB
-(`wsss_ops.set_workspace_limit`), which PyTorch multiplies; the forward in 16-bit types with up to 256 outputs needs none:
-samples go through shared memory to the tensor cores."""
+as fast as oneDNN's there and twice as fast as MKL's. On CUDA samples are laid out in columns, in chunks of at most
+96 MiB (`wsss_ops.set_workspace_limit`), which PyTorch multiplies; the forward in 16-bit types with up to 256 outputs
+needs none: samples go through shared memory to the tensor cores."""
 
 
 def ocr(results: Results) -> str:
