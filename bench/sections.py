@@ -61,7 +61,8 @@ def prototype(results: Results) -> str:
     return """\
 `bmm` is the fastest form in plain PyTorch that we know, two batched products; `broadcast` is that of SFC's authors,
 which multiplies features by classes before it sums, and is left out where its tensors would be too large. The floor
-moves five times the features' bytes."""
+copies what has to be moved: five times the features' bytes (of several levels, those of the resized map), and three
+times the levels'."""
 
 
 def patch(results: Results) -> str:

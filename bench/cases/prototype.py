@@ -1,8 +1,9 @@
 """prototype_cam, forward and backward, against copies of the features.
 
-The floor is 5/2 copies of the features' bytes: read twice forward (prototypes, cosines) and twice backward (prototypes'
-gradients, features'), and their gradient written. P1 and P2 are SFC's four levels with 21 and 81 classes, whose bytes
-are those of the resized features; P3 is one tensor. Each image has three classes in blobs, background among them.
+The floor is a copy of so many bytes: features read twice forward (prototypes, cosines) and twice backward (prototypes'
+gradients, features'), and their gradient written; of levels the same for the resized map, beside each level read once
+forward and once backward, and its gradient written. P1 and P2 are SFC's four levels with 21 and 81 classes; P3 is one
+tensor. Each image has three classes in blobs, background among them.
 
 `bmm` is the fastest form in plain PyTorch that we know: one-hot seeds and prototypes as two batched products over
 flattened maps, cosines divided afterwards. `broadcast` is the authors' form, which makes tensors [N, C, D, H, W].
@@ -34,6 +35,9 @@ def prototype_case(
     channels = sum(d for d, _ in levels)
     layout = "channels_last" if channels_last else "NCHW"
     numbers = images * channels * SIDE**2
+    moved = 5 * numbers
+    if len(levels) > 1:
+        moved += 3 * images * sum(d * side**2 for d, side in levels)
 
     def build(on: torch.device, compiled: bool) -> Mapping[str, Function]:
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -49,7 +53,7 @@ def prototype_case(
             return lambda: torch.autograd.grad(function(features, cam, tags), maps, gradient)
 
         functions: dict[str, Function] = {
-            "floor: 5/2 clones": torch.empty(numbers * 5 // 2, device=on).clone,
+            "floor: copy": torch.empty(moved // 2, device=on).clone,
             "wsss_ops": step(wsss_ops.prototype_cam),
             "bmm": step(by_products),
         }
@@ -65,7 +69,7 @@ def prototype_case(
         op="prototype",
         work=f"N{images} C{classes} {sizes} -> {SIDE}x{SIDE} fp32, forward and backward",
         device=device,
-        moved_bytes=5 * 4 * numbers,
+        moved_bytes=4 * moved,
         build=build,
     )
 

@@ -3,7 +3,8 @@
 // P3: N16 D768 32x32 fp32, 50 MB of features; P1 and P2: N20 D768 of the same size, from levels
 // (cuda_levels.h). Of 21 or 81 classes an image has two to four. The floor is the features read twice forward
 // (prototypes, cosines) and twice backward (prototypes' gradients, features'), and their gradient written:
-// 250 MB, of which L2 keeps a part. Nothing here has been timed on a GPU yet.
+// 250 MB, of which L2 keeps a part; for P1 and P2 beside it 3 * 252 MB: levels read forward and backward, and
+// their gradient written. Nothing here has been timed on a GPU yet.
 //
 // Sums over pixels and sums over channels have one form (Group), for what lies side by side in one layout is
 // apart in the other. A thread keeps the sums of up to kFew classes, so that features are read once for them;
