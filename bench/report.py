@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,16 @@ def table(results: dict[str, Any]) -> str:
     ]
     for case in results["cases"]:
         lines += ["", f"{case['name']}: {case['work']}"]
+        if "error" in case:
+            lines.append(f"  failed: {case['error']}")
+            continue
         unit, amount = ("GFLOP/s", case["flops"]) if case.get("flops") else ("GB/s", case["moved_bytes"])
         label = max(20, *(len(name) for name in case["functions"]))
         lines.append(f"  {'':{label}}{'ms':>10}{'10% - 90%':>22}{'x floor':>9}{unit:>8}{'peak MB':>9}")
         for name, figures in case["functions"].items():
+            if "error" in figures:
+                lines.append(f"  {name:{label}}  failed: {figures['error']}")
+                continue
             rate = f"{amount / figures['median_ms'] / 1e6:.1f}" if amount else "-"
             spread = f"{figures['p10_ms']:.3f} - {figures['p90_ms']:.3f}"
             lines.append(
@@ -32,17 +39,43 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Results of several runs as one; where two have a case, the later one's."""
+    cases: dict[str, Any] = {}
+    overheads: dict[str, Any] = {}
+    for part in parts:
+        if part["environment"] != parts[0]["environment"]:
+            raise SystemExit("these results are of different machines or versions, which make no table")
+        cases |= {case["name"]: case for case in part["cases"]}
+        overheads |= part["host_overhead_us"]
+    return {**parts[-1], "cases": list(cases.values()), "host_overhead_us": overheads}
+
+
+def failures(results: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Case, function and error of each that raised one; no function where it was all of the case."""
+    failed = [(case["name"], "", case["error"]) for case in results["cases"] if "error" in case]
+    return failed + [
+        (case["name"], name, figures["error"])
+        for case in results["cases"]
+        for name, figures in case["functions"].items()
+        if "error" in figures
+    ]
+
+
 def plot(results: dict[str, Any], path: Path) -> None:
     """A bar for each function's time as a multiple of its case's floor; written whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    cases = results["cases"]
+    cases = [
+        {**case, "functions": {name: each for name, each in case["functions"].items() if "error" not in each}}
+        for case in results["cases"]
+    ]
     names = list(dict.fromkeys(name for case in cases for name in case["functions"]))
     figure = Figure(figsize=(9, 1.2 + 0.9 * len(cases)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    height = 0.8 / len(names)
+    height = 0.8 / max(1, len(names))
     for position, name in enumerate(names):
         rows = [row for row, case in enumerate(cases) if name in case["functions"]]
         ratios = [cases[row]["functions"][name]["times_floor"] for row in rows]
@@ -55,7 +88,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axes.set_title(
         f"wsss_ops on {results['environment'].get('gpu 0', results['environment']['processor'])}", fontsize=10
     )
-    axes.legend(fontsize=8)
+    if names:
+        axes.legend(fontsize=8)
     partial = path.with_name(path.name + ".partial")
     figure.savefig(partial, format="png", dpi=130)
     partial.replace(path)
