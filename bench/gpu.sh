@@ -97,8 +97,8 @@ bench() {
 # Every kernel, float32 and bfloat16, at odd sizes. Without PyTorch's cache each tensor is an allocation whose end is
 # watched. Errors of API calls are left to those who call: libraries probe for what a driver lacks.
 sanitize() {
-    local sample="cuda and (test_dtypes and (float32 or bfloat16 or dtype1 or dtype3) and not of_the_cam \
-or test_sfc and test_matches_reference)"
+    local sample="cuda and ((test_dtypes or test_class_prototypes) and (float32 or bfloat16 or dtype1 or dtype3) \
+and not of_the_cam or test_sfc and test_matches_reference)"
     local tests=("$python" -m pytest -q -rfE -p no:cacheprovider python_tests/test_{patch,clip,deform,ocr,prototype,sfc}.py
         -k "$sample")
     local options=(--report-api-errors no --show-backtrace no) reports=$out/initcheck.txt tool jobs=()
