@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
@@ -25,32 +26,71 @@ class Timing:
     ratio: float
 
 
-def interleaved(sets: Sequence[Mapping[str, Function]], device: torch.device, rounds: int) -> dict[str, Timing]:
+@contextmanager
+def noting(errors: dict[str, str], name: str) -> Iterator[None]:
+    """Goes on after an error, of which it keeps the text: the exception would hold the memory of what raised it."""
+    try:
+        yield
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        errors[name] = f"{type(error).__name__}: {first_line[:300]}"
+
+
+def interleaved(
+    sets: Sequence[Mapping[str, Function]], device: torch.device, rounds: int
+) -> tuple[dict[str, Timing], dict[str, str]]:
     """Times every function once per round, so that a machine's drift reaches all of them alike.
+
+    Also returns the errors of those that raised one, which are called no more and have no time; without the first
+    function, to which the others are compared, none has.
 
     `sets` hold the same functions on different data. Each call takes the next set: inputs then come from memory, as
     in training, and not from the cache that the call before has filled. The order within a round is random (the
     same in every run): what a function finds of its predecessor's freed memory in the cache evens out.
     """
     order = random.Random(0)
-    sample = _cuda_sample if device.type == "cuda" else _cpu_sample
-    for functions in sets:
-        for function in functions.values():
-            function()
-            function()
+    errors: dict[str, str] = {}
+    host: dict[str, float] = {}
+    for name in sets[0]:
+        with noting(errors, name):
+            host[name] = max(_warm_up(functions[name], device) for functions in sets)
     samples: dict[str, list[float]] = {name: [] for name in sets[0]}
     turn = 0
     for _ in range(rounds):
         for name in order.sample(list(sets[0]), len(sets[0])):
-            samples[name].append(sample(sets[turn % len(sets)][name]))
+            function = sets[turn % len(sets)][name]
             turn += 1
-    floor = next(iter(samples.values()))
-    timings = {}
+            if name in errors:
+                continue
+            with noting(errors, name):
+                samples[name].append(
+                    _cuda_sample(function, host[name]) if device.type == "cuda" else _cpu_sample(function)
+                )
+    first, floor = next(iter(samples.items()))
+    timings: dict[str, Timing] = {}
     for name, seconds in samples.items():
+        if first in errors or name in errors:
+            continue
         deciles = quantiles(seconds, n=10)
         ratio = median(own / first for own, first in zip(seconds, floor, strict=True))
         timings[name] = Timing(median(seconds), deciles[0], deciles[-1], ratio)
-    return timings
+    return timings, errors
+
+
+def _warm_up(function: Function, device: torch.device) -> float:
+    """Seconds until the second call returned, which a GPU may still be at."""
+    function()
+    _synchronize(device)
+    start = time.perf_counter()
+    function()
+    seconds = time.perf_counter() - start
+    _synchronize(device)  # an error of this call shows here, and not in the next function
+    return seconds
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _cpu_sample(function: Function) -> float:
@@ -59,8 +99,10 @@ def _cpu_sample(function: Function) -> float:
     return time.perf_counter() - start
 
 
-def _cuda_sample(function: Function) -> float:
-    torch.cuda._sleep(100_000)  # 50 us, in which the host enqueues the function: its own time stays out
+def _cuda_sample(function: Function, host: float) -> float:
+    # The GPU sleeps while the host enqueues the function, which takes it `host` seconds: its own time stays out. Twice
+    # that long, because it varies; in cycles of 2 GHz, more than GPUs have.
+    torch.cuda._sleep(int(min(2 * host + 50e-6, 0.1) * 2e9))
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     function()
@@ -77,8 +119,7 @@ def host_overhead(function: Function, device: torch.device, rounds: int = 7, cal
         for _ in range(calls):
             function()
         samples.append((time.perf_counter() - start) / calls)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _synchronize(device)
     return median(samples)
 
 

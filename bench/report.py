@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,16 @@ def table(results: dict[str, Any]) -> str:
     ]
     for case in results["cases"]:
         lines += ["", f"{case['name']}: {case['work']}"]
+        if "error" in case:
+            lines.append(f"  failed: {case['error']}")
+            continue
         unit, amount = ("GFLOP/s", case["flops"]) if case.get("flops") else ("GB/s", case["moved_bytes"])
         label = max(20, *(len(name) for name in case["functions"]))
         lines.append(f"  {'':{label}}{'ms':>10}{'10% - 90%':>22}{'x floor':>9}{unit:>8}{'peak MB':>9}")
         for name, figures in case["functions"].items():
+            if "error" in figures:
+                lines.append(f"  {name:{label}}  failed: {figures['error']}")
+                continue
             rate = f"{amount / figures['median_ms'] / 1e6:.1f}" if amount else "-"
             spread = f"{figures['p10_ms']:.3f} - {figures['p90_ms']:.3f}"
             lines.append(
@@ -35,13 +42,46 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Results of several runs as one; where two have a case, the later one's."""
+    cases: dict[str, Any] = {}
+    overheads: dict[str, Any] = {}
+    for part in parts:
+        if part["environment"] != parts[0]["environment"]:
+            raise SystemExit("these results are of different machines or versions, which make no table")
+        cases |= {case["name"]: case for case in part["cases"]}
+        overheads |= part["host_overhead_us"]
+    return {**parts[-1], "cases": list(cases.values()), "host_overhead_us": overheads}
+
+
+def failures(results: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Case, function and error of each that raised one; no function where it was all of the case."""
+    failed = [(case["name"], "", case["error"]) for case in results["cases"] if "error" in case]
+    return failed + [
+        (case["name"], name, figures["error"])
+        for case in results["cases"]
+        for name, figures in case["functions"].items()
+        if "error" in figures
+    ]
+
+
+def succeeded(results: dict[str, Any]) -> dict[str, Any]:
+    """Results without what failed: functions, and cases whose floor did."""
+    cases = []
+    for case in results["cases"]:
+        functions = {name: figures for name, figures in case["functions"].items() if "error" not in figures}
+        if functions and next(iter(case["functions"])) in functions:
+            cases.append({**case, "functions": functions})
+    return {**results, "cases": cases}
+
+
 def plot(results: dict[str, Any], path: Path) -> None:
     """A dot for each function's time as a multiple of its case's floor; written whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    cases = results["cases"]
+    cases = succeeded(results)["cases"]
     names = dict.fromkeys(name for case in cases for name in case["functions"] if not name.startswith("floor"))
     figure = Figure(figsize=(9, 1.1 + 0.27 * len(cases)), dpi=130, layout="constrained")
     canvas = FigureCanvasAgg(figure)

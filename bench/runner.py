@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import importlib.util
 import json
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,13 @@ from tqdm import tqdm
 from wsss_ops.info import environment, missing
 
 from .cases import CASES, OPERATORS, OVERHEADS, Case
-from .measure import host_overhead, interleaved, peak_memory
-from .report import header, plot, table
+from .measure import host_overhead, interleaved, noting, peak_memory
+from .report import failures, header, merged, plot, table
 
 DATA_SETS = 4  # per case, more than caches hold at the sizes of the cases
+PEERS = ("reference", "torchvision", "bmm", "broadcast")  # how their names begin; an error of theirs is theirs
+
+Results = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,71 +33,122 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--rounds", type=int, default=30, help="how often each function is timed, at least 5")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile'd references out")
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--out", type=Path, help="write the results as JSON, after each case what is there")
+    parser.add_argument("--add", action="store_true", help="keep what the file of --out has of other cases")
     parser.add_argument("--plot", type=Path, help="draw the results as PNG (needs matplotlib)")
+    parser.add_argument(
+        "--show", type=Path, nargs="+", metavar="FILE", help="measure nothing: results of earlier runs, as one"
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and (reason := next((line for line in missing() if line.startswith("CUDA")), "")):
+    if (
+        device == "cuda"
+        and not arguments.show
+        and (reason := next((line for line in missing() if line.startswith("CUDA")), ""))
+    ):
         raise SystemExit(f"--device cuda: {reason}")
     if arguments.rounds < 5:
         raise SystemExit(f"--rounds must be at least 5, got {arguments.rounds}")
+    if arguments.add and arguments.out is None:
+        raise SystemExit("--add needs --out, the file to add to")
     for option, path in (("--out", arguments.out), ("--plot", arguments.plot)):
         if path is not None and not path.absolute().parent.is_dir():
             raise SystemExit(f"{option}: there is no folder {path.absolute().parent}")
     if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("--plot needs matplotlib: pip install matplotlib")
-    results = run(torch.device(device), arguments.op or OPERATORS, arguments.rounds, not arguments.no_compile)
-    print(header(results))
-    print(table(results))
+
+    earlier = [json.loads(path.read_text()) for path in arguments.show or []]
+    if arguments.add and arguments.out.exists():
+        earlier.append(json.loads(arguments.out.read_text()))
+
+    def keep(results: Results) -> Results:
+        """With what was there before, and in the file."""
+        whole = merged([*earlier, results])
+        if arguments.out is not None:
+            partial = arguments.out.with_name(arguments.out.name + ".partial")
+            partial.write_text(json.dumps(whole, indent=1) + "\n")
+            partial.replace(arguments.out)
+        return whole
+
+    if arguments.show:
+        own, whole = [], keep(earlier.pop())  # whose errors have been told
+    else:
+        operators = arguments.op or OPERATORS
+        results = run(torch.device(device), operators, arguments.rounds, not arguments.no_compile, keep)
+        own, whole = failures(results), keep(results)
+    print(header(whole))
+    print(table(whole))
     if arguments.out is not None:
-        partial = arguments.out.with_name(arguments.out.name + ".partial")
-        partial.write_text(json.dumps(results, indent=1) + "\n")
-        partial.replace(arguments.out)
         print(f"wrote {arguments.out}")
     if arguments.plot is not None:
-        plot(results, arguments.plot)
+        plot(whole, arguments.plot)
         print(f"wrote {arguments.plot}")
-    return 0
+    for failure in own:
+        print(f"failed: {', '.join(failure)}")
+    return int(any(not function.startswith(PEERS) for _, function, _ in own))
 
 
-def run(device: torch.device, operators: Sequence[str], rounds: int, compiled: bool) -> dict[str, Any]:
-    """Every case of the operators for the device's type; what `--out` writes."""
-    cases = [case for case in CASES if case.device == device.type and case.op in operators]
-    results: dict[str, Any] = {
+def run(
+    device: torch.device,
+    operators: Sequence[str],
+    rounds: int,
+    compiled: bool,
+    keep: Callable[[Results], object] = lambda results: None,
+) -> Results:
+    """Every case of the operators for the device's type; `keep` is given what is there after each."""
+    results: Results = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "environment": environment(),
         "device": device.type,
         "rounds": rounds,
-        "cases": [run_case(case, device, rounds, compiled) for case in tqdm(cases, "bench", disable=None)],
+        "cases": [],
         "host_overhead_us": {},
     }
-    for name, build in OVERHEADS.items():
-        functions = build(device)
-        results["host_overhead_us"][name] = {
-            function: host_overhead(call, device) * 1e6 for function, call in functions.items()
-        }
+    for op in operators:
+        cases = [case for case in CASES if case.device == device.type and case.op == op]
+        for case in tqdm(cases, op, disable=None):
+            start = time.perf_counter()
+            results["cases"].append(run_case(case, device, rounds, compiled))
+            keep(results)
+            tqdm.write(f"{case.name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
+            gc.collect()
+            torch.cuda.empty_cache()
+        if op in OVERHEADS:
+            name, build = OVERHEADS[op]
+            results["host_overhead_us"][name] = {
+                function: host_overhead(call, device) * 1e6 for function, call in build(device).items()
+            }
+            keep(results)
     return results
 
 
-def run_case(case: Case, device: torch.device, rounds: int, compiled: bool) -> dict[str, Any]:
-    sets = [case.build(device, compiled) for _ in range(DATA_SETS)]
-    timings = interleaved(sets, device, rounds)
+def run_case(case: Case, device: torch.device, rounds: int, compiled: bool) -> Results:
+    """An error of one function costs the others nothing; it is told in place of what was measured."""
+    if compiled:
+        torch.compiler.reset()  # or the sizes of an earlier case make this one's dynamic
+    functions: dict[str, Any] = {}
+    errors: dict[str, str] = {}
+    with noting(errors, "case"):
+        sets = [case.build(device, compiled) for _ in range(DATA_SETS)]
+        timings, failed = interleaved(sets, device, rounds)
+        for name, timing in timings.items():
+            with noting(failed, name):
+                functions[name] = {
+                    "median_ms": timing.median * 1e3,
+                    "p10_ms": timing.low * 1e3,
+                    "p90_ms": timing.high * 1e3,
+                    "times_floor": timing.ratio,
+                    "peak_bytes": peak_memory(sets[0][name], device),
+                }
+        functions |= {name: {"error": error} for name, error in failed.items()}
     return {
         "name": case.name,
         "op": case.op,
         "work": case.work,
         "moved_bytes": case.moved_bytes,
         "flops": case.flops,
-        "functions": {
-            name: {
-                "median_ms": timing.median * 1e3,
-                "p10_ms": timing.low * 1e3,
-                "p90_ms": timing.high * 1e3,
-                "times_floor": timing.ratio,
-                "peak_bytes": peak_memory(sets[0][name], device),
-            }
-            for name, timing in timings.items()
-        },
+        "functions": functions,
+        **({"error": errors["case"]} if errors else {}),
     }

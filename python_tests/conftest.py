@@ -2,6 +2,9 @@
 
 WSSS_EMULATION_SEED=number draws the schedules of the emulated kernels: in which order blocks, warps and lanes run. Each
 run of the tests takes another seed unless this says which, and prints it; a failure with it is one to repeat.
+
+WSSS_TESTS_SECONDS=number ends a run after so long, with a report of what has run. WSSS_TESTS_UNFILLED=1 leaves new
+memory as it is, for compute-sanitizer's initcheck, which looks for reads of what nobody has written.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import os
 import secrets
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +28,8 @@ from wsss_ops import _backend
 
 SEED = "WSSS_EMULATION_SEED"
 UNDER_ADDRESS_SANITIZER = "libasan" in Path("/proc/self/maps").read_text()
+END = time.monotonic() + float(os.environ.get("WSSS_TESTS_SECONDS", "inf"))
+UNFILLED = os.environ.get("WSSS_TESTS_UNFILLED") == "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,6 +39,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if UNDER_ADDRESS_SANITIZER:
         # It ends the process with its report, which is lost where pytest has redirected stderr: here it has not yet.
         ctypes.CDLL(None).__sanitizer_set_report_fd(ctypes.c_void_p(os.dup(2)))
+
+
+def pytest_runtest_setup() -> None:
+    if time.monotonic() > END:
+        pytest.exit("the seconds of WSSS_TESTS_SECONDS are over", returncode=1)
 
 
 def pytest_report_header() -> str:
@@ -78,7 +89,7 @@ def poisoned_memory() -> Iterator[None]:
     """torch.empty returns NaN and largest integers, so an output that is not written whole is seen."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = not UNFILLED
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 

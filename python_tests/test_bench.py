@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from wsss_ops import reference
 from wsss_ops.__main__ import main
 from wsss_ops.bench import cases, measure, runner
-from wsss_ops.bench.cases.case import Precision, arithmetic
+from wsss_ops.bench.cases.case import Case, Precision, arithmetic
 
 CPU = torch.device("cpu")
 
@@ -29,7 +30,8 @@ def test_interleaved_times_each_once_a_round_and_takes_the_first_as_floor() -> N
     def fast() -> None:
         order.append("fast")
 
-    timings = measure.interleaved([{"slow": slow, "fast": fast}] * 4, CPU, rounds=6)
+    timings, errors = measure.interleaved([{"slow": slow, "fast": fast}] * 4, CPU, rounds=6)
+    assert errors == {}
     rounds = [frozenset(order[-12:][i : i + 2]) for i in range(0, 12, 2)]
     assert rounds == [{"slow", "fast"}] * 6
     assert timings["slow"].ratio == 1
@@ -67,6 +69,105 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plot.png", "results.json"]
 
 
+def case_of(name: str, functions: dict[str, measure.Function], op: str = "patch") -> Case:
+    return Case(name, op, "work", "cpu", lambda device, compiled: functions)
+
+
+def raiser(text: str, calls: int = 0) -> measure.Function:
+    """Raises after so many calls."""
+    left = [calls]
+
+    def function() -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError(text + "\nand a long story")
+
+    return function
+
+
+@pytest.mark.parametrize("calls", [0, 10, 12])
+@pytest.mark.parametrize(("name", "status"), [("reference", 0), ("wsss_ops", 1), ("floor: nothing", 1)])
+def test_error_of_a_function_costs_the_others_nothing(
+    name: str,
+    status: int,
+    calls: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In the first call, while it is timed, or when its memory is looked at."""
+    functions: dict[str, measure.Function] = dict.fromkeys(["floor: nothing", "wsss_ops", "reference"], lambda: None)
+    broken = case_of("broken", functions | {name: raiser("no memory", calls + (calls == 12))})
+    monkeypatch.setattr(runner, "CASES", [broken, case_of("sound", functions)])
+    out, picture = tmp_path / "results.json", tmp_path / "plot.png"
+    options = ["--device", "cpu", "--rounds", "5", "--op", "patch", "--no-compile", "--out", str(out)]
+    assert main(["bench", *options, "--plot", str(picture)]) == status
+    first, second = json.loads(out.read_text())["cases"]
+    assert first["functions"][name] == {"error": "RuntimeError: no memory"}
+    others = [each for each in functions if each != name] if name != "floor: nothing" or calls == 12 else []
+    assert [each for each, figures in first["functions"].items() if "error" not in figures] == others
+    assert all("median_ms" in figures for figures in second["functions"].values())
+    printed = capsys.readouterr().out
+    assert "failed: RuntimeError: no memory" in printed
+    assert printed.endswith(f"failed: broken, {name}, RuntimeError: no memory\n")
+
+
+def test_case_that_cannot_be_built(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def build(device: torch.device, compiled: bool) -> dict[str, measure.Function]:
+        raise ImportError("no package")
+
+    monkeypatch.setattr(runner, "CASES", [Case("broken", "patch", "work", "cpu", build)])
+    assert main(["bench", "--device", "cpu", "--rounds", "5", "--op", "patch", "--no-compile"]) == 1
+    assert "broken: work\n  failed: ImportError: no package" in capsys.readouterr().out
+
+
+def test_what_was_measured_outlives_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    cases = [case_of("first", {"floor": lambda: None}), case_of("second", {"floor": interrupt})]
+    monkeypatch.setattr(runner, "CASES", cases)
+    out = tmp_path / "results.json"
+    with pytest.raises(KeyboardInterrupt):
+        main(["bench", "--device", "cpu", "--rounds", "5", "--no-compile", "--op", "patch", "--out", str(out)])
+    assert [case["name"] for case in json.loads(out.read_text())["cases"]] == ["first"]
+
+
+def test_results_of_several_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing: dict[str, measure.Function] = {"floor": lambda: None}
+    monkeypatch.setattr(runner, "CASES", [case_of("a", nothing), case_of("b", nothing, "ocr")])
+    options = ["bench", "--device", "cpu", "--rounds", "5", "--no-compile"]
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    for op in ("ocr", "patch", "ocr"):  # the last time in place of the first
+        assert main([*options, "--op", op, "--out", str(one), "--add"]) == 0
+    merged = json.loads(one.read_text())
+    assert [case["name"] for case in merged["cases"]] == ["b", "a"]
+    assert sorted(merged["host_overhead_us"]) == ["ocr_loss", "patch_split"]
+    assert main([*options, "--op", "ocr", "--out", str(two)]) == 0
+    capsys.readouterr()
+    assert main(["bench", "--show", str(two), str(one)]) == 0
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line.endswith(": work")] == ["b: work", "a: work"]
+    two.write_text(two.read_text().replace('"python": "', '"python": "2'))
+    with pytest.raises(SystemExit, match="different machines or versions"):
+        main(["bench", "--show", str(two), str(one)])
+
+
+def test_a_gpu_sleeps_while_the_host_enqueues(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the time of the host's part, at most a tenth of a second."""
+    slept: list[int] = []
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 3.0)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append, raising=False)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    timings, _ = measure.interleaved([{"floor": lambda: time.sleep(0.004)}], torch.device("cuda"), rounds=5)
+    assert timings["floor"].median == 3e-3
+    assert all(0.008 * 2e9 < cycles <= 0.1 * 2e9 for cycles in slept)
+    assert len(slept) == 5
+
+
 @pytest.mark.parametrize("form", [cases.prototype.by_products, cases.prototype.by_broadcast])
 def test_other_forms_of_the_prototypes_compute_the_same(form: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)
@@ -81,6 +182,7 @@ def test_other_forms_of_the_prototypes_compute_the_same(form: Callable[..., Tens
     ("options", "message"),
     [
         (["--rounds", "4"], "--rounds must be at least 5, got 4"),
+        (["--add"], "--add needs --out"),
         (["--out", "/nowhere/results.json"], "--out: there is no folder /nowhere"),
         (["--plot", "/nowhere/plot.png"], "--plot: there is no folder /nowhere"),
     ],

@@ -78,7 +78,7 @@ def test_ties_go_to_the_first_class(device: torch.device) -> None:
     features = torch.randn(1, 4, 3, 5, device=device)
     cam = torch.ones(1, 4, 3, 5, device=device)
     for background_scale, winner in [(0.3, 1), (1.0, 0), (-1.0, 1)]:
-        result = prototype_cam(features, cam, torch.ones(1, 4), background_scale=background_scale)
+        result = prototype_cam(features, cam, torch.ones(1, 4, device=device), background_scale=background_scale)
         assert result[0].flatten(1).any(1).nonzero().flatten().tolist() == [winner]
 
 

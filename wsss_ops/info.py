@@ -35,6 +35,11 @@ def environment() -> dict[str, str]:
         "processor": f"{processor()}, {torch.get_num_threads()} threads",
         "cpu backend": f"{cpu.level()} of {', '.join(cpu.levels())}",
     }
+    facts |= {
+        package: importlib.metadata.version(package)
+        for package in EXTRAS
+        if importlib.util.find_spec(package) is not None
+    }
     cuda = _backend.cuda_module()
     if cuda is not None:
         runtime = f"{cuda.runtime_version // 1000}.{cuda.runtime_version % 1000 // 10}"
@@ -108,9 +113,6 @@ def _uncovered_gpus() -> list[str]:
 def main() -> int:
     for name, fact in environment().items():
         print(f"{name + ':':14} {fact}")
-    for package in EXTRAS:
-        if importlib.util.find_spec(package) is not None:
-            print(f"{package + ':':14} {importlib.metadata.version(package)}")
     for line in missing():
         print(f"missing:       {line}")
     sys.stdout.flush()
