@@ -28,7 +28,10 @@ class Section:
 
 def load(path: Path) -> Results:
     """What was measured; what failed is left out."""
-    return succeeded(json.loads(path.read_text()))
+    results = json.loads(path.read_text())
+    if "cases" not in results:
+        raise SystemExit(f"{path} is not what wsss-ops bench --out writes")
+    return succeeded(results)
 
 
 def deform(results: Results) -> str:

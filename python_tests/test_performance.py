@@ -25,7 +25,9 @@ def gpu_results() -> dict[str, Any]:
         "torchvision": figures(123.4, 61, 700),
     }
     compared = {"op": "deform", "moved_bytes": 0, "flops": 4 * 10**9, "functions": deform}
-    alone = {**compared, "functions": {name: deform[name] for name in ("floor: mm", "wsss_ops", "reference")}}
+    failed = {"error": "NotImplementedError: no kernel"}
+    alone = {**compared, "functions": {**deform, "torchvision": failed}}
+    lost = {**compared, "functions": {**deform, "floor: mm": failed}}
     return {
         "environment": {
             "wsss_ops": "0.1.0 (0123456789)",
@@ -40,6 +42,7 @@ def gpu_results() -> dict[str, Any]:
             {**compared, "name": "D1 fp32 forward NCHW", "work": "large, fp32"},
             {**compared, "name": "D1 fp32 all NCHW", "work": "large, fp32"},
             {**alone, "name": "D2 forward", "work": "small"},
+            {**lost, "name": "D3 forward", "work": "lost"},
             {"op": "ceilings", "name": "copy", "work": "1 GiB", "moved_bytes": 2 * 10**9, "flops": 0,
              "functions": {"floor: copy": figures(1, 1, 0)}},
         ],

@@ -35,11 +35,8 @@ def environment() -> dict[str, str]:
         "processor": f"{processor()}, {torch.get_num_threads()} threads",
         "cpu backend": f"{cpu.level()} of {', '.join(cpu.levels())}",
     }
-    facts |= {
-        package: importlib.metadata.version(package)
-        for package in EXTRAS
-        if importlib.util.find_spec(package) is not None
-    }
+    found = (package for package in EXTRAS if importlib.util.find_spec(package) is not None)
+    facts |= {package: importlib.metadata.version(package) for package in found}
     cuda = _backend.cuda_module()
     if cuda is not None:
         runtime = f"{cuda.runtime_version // 1000}.{cuda.runtime_version % 1000 // 10}"
