@@ -83,6 +83,7 @@ class Divisor {
     WSSS_HOST_DEVICE uint32_t remainder(uint32_t n, uint32_t quotient) const {
         return n - quotient * divisor_;
     }
+    WSSS_HOST_DEVICE uint32_t divisor() const { return divisor_; }
 
   private:
     uint32_t divisor_ = 1;

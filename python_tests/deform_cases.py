@@ -74,6 +74,8 @@ CASES = {
     "5x3": Case((1, 17, 9, 5), 6, (5, 3), stride=(2, 1), padding=(2, 0)),
     "dilated": Case((1, 32, 9, 9), 8, (3, 3), padding=(2, 3), dilation=(2, 3), biased=False),
     "groups": Case((2, 6, 6, 5), 4, (3, 3), padding=1, groups=2),
+    "9x9": Case((1, 2, 10, 11), 2, (9, 9), padding=4),
+    "5x5 in groups": Case((2, 6, 7, 9), 6, (5, 5), padding=2, groups=3, offset_groups=2, masked=True),
     "depthwise": Case((1, 8, 6, 7), 16, (3, 3), stride=(1, 2), padding=1, groups=8, masked=True),
     "offset groups": Case((2, 4, 5, 6), 3, (2, 2), offset_groups=2, masked=True),
     "4 offset groups": Case((1, 32, 6, 5), 7, (3, 3), padding=1, offset_groups=4, masked=True),

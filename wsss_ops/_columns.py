@@ -112,18 +112,18 @@ class Columns:
         gradient is the output's, [rows, groups, Cout / groups].
         """
         sorts = torch.are_deterministic_algorithms_enabled()
-        scattered = None if sorts else input_gradient
         chunks = self._row_chunks(self.groups * self.taps * self.width)
         memory = self._memory(chunks, self.taps)
         for chunk in chunks:
             columns = memory[: chunk.stop - chunk.start]
             _multiply(gradient[chunk].transpose(0, 1), self.matrix.flatten(2), columns.flatten(2).transpose(0, 1))
-            if offset_gradient is not None or mask_gradient is not None or scattered is not None:
-                wanted = (offset_gradient, mask_gradient, scattered)
-                where = (self.input, self.offset, self.mask, self.settings, chunk.start)
-                call("deform_differentiate", self.device, *where, columns, *wanted)
-            if sorts and input_gradient is not None:
+            where = (self.input, self.offset, self.mask, self.settings, chunk.start, columns)
+            if offset_gradient is not None or mask_gradient is not None:
+                call("deform_differentiate", self.device, *where, offset_gradient, mask_gradient)
+            if input_gradient is not None and sorts:
                 self._gather(chunk.start, columns, input_gradient)
+            elif input_gradient is not None:
+                call("deform_scatter", self.device, *where, input_gradient)
 
     def differentiate_weight(self, gradient: Tensor) -> Tensor:
         """The weight's gradient, shaped as `matrix`, from the output's, [rows, groups, Cout / groups].

@@ -34,13 +34,11 @@ deform::Params deform_params(const TensorView& input, const TensorView& offset, 
     return p;
 }
 
-void set_gradients(deform::Params& p, const OptionalTensor& offset, const OptionalTensor& mask,
-                   const OptionalTensor& input) {
+void set_gradients(deform::Params& p, const OptionalTensor& offset, const OptionalTensor& mask) {
     p.offset_gradient = data_or_null(offset);
     p.offset_gradient_strides = strides(offset);
     p.mask_gradient = data_or_null(mask);
     p.mask_gradient_strides = strides(mask);
-    p.input_gradient = data_or_null(input);
 }
 
 #if defined(WSSS_BACKEND_CPU)
@@ -70,7 +68,8 @@ void deform_differentiate(const TensorView& input, const TensorView& offset, con
     p.weight_strides = strides(weight);
     p.packed = packed.data();
     p.gradient = gradient.data();
-    set_gradients(p, offset_gradient, mask_gradient, input_gradient);
+    set_gradients(p, offset_gradient, mask_gradient);
+    p.input_gradient = data_or_null(input_gradient);
     if (gradient.elements() > 0) run(deform::differentiate, p, input, where);
 }
 
@@ -149,10 +148,18 @@ void deform_sample(const TensorView& input, const TensorView& offset, const Opti
 void deform_differentiate(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
                           const DeformSettings& settings, int64_t first, const TensorView& columns,
                           const OptionalTensor& offset_gradient, const OptionalTensor& mask_gradient,
-                          const OptionalTensor& input_gradient, uint64_t where) {
+                          uint64_t where) {
     deform::Params p = deform_params(input, offset, mask, settings, first, 0, columns);
-    set_gradients(p, offset_gradient, mask_gradient, input_gradient);
+    set_gradients(p, offset_gradient, mask_gradient);
     run(deform::differentiate, p, input, where);
+}
+
+void deform_scatter(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
+                    const DeformSettings& settings, int64_t first, const TensorView& columns,
+                    const TensorView& input_gradient, uint64_t where) {
+    deform::Params p = deform_params(input, offset, mask, settings, first, 0, columns);
+    p.input_gradient = input_gradient.data();
+    run(deform::scatter, p, input, where);
 }
 
 void deform_find_targets(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
@@ -183,7 +190,10 @@ void bind_deform(py::module_& m) {
           py::arg("settings"), py::arg("first"), py::arg("first_tap"), py::arg("columns"), py::arg("where"));
     m.def("deform_differentiate", &deform_differentiate, py::arg("input"), py::arg("offset"), py::arg("mask"),
           py::arg("settings"), py::arg("first"), py::arg("columns"), py::arg("offset_gradient"),
-          py::arg("mask_gradient"), py::arg("input_gradient"), py::arg("where"));
+          py::arg("mask_gradient"), py::arg("where"));
+    m.def("deform_scatter", &deform_scatter, py::arg("input"), py::arg("offset"), py::arg("mask"),
+          py::arg("settings"), py::arg("first"), py::arg("columns"), py::arg("input_gradient"),
+          py::arg("where"));
     m.def("deform_find_targets", &deform_find_targets, py::arg("input"), py::arg("offset"), py::arg("mask"),
           py::arg("settings"), py::arg("first"), py::arg("columns"), py::arg("targets"), py::arg("weights"),
           py::arg("where"));

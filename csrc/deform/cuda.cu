@@ -8,11 +8,13 @@
 // delivers 1/6 of what is read. (Channels within samples, as it was at first, had 64 KB a block under way.)
 // Coordinates are found once, by one thread each, and shared.
 // `differentiate` gives a sample to kMostLanes lanes, which keep four sums, one per corner, turn them into
-// the derivatives, and add those up by shuffles; nothing but the result is written. The same pass adds the
-// input's gradient by vector atomics. `gather` does without atomics, for determinism: a group of lanes takes
-// a target pixel and adds its corners in the order of a stable sort.
+// the derivatives, and add those up by shuffles; nothing but the result is written. `scatter`, the input's
+// gradient, is in cuda_scatter.h, `multiply`, which needs no columns, in cuda_product.h. `gather` does
+// without atomics, for determinism: a group of lanes takes a target pixel and adds its corners in the order
+// of a stable sort.
 #include "deform/cuda_product.h"
 #include "deform/cuda_samples.h"
+#include "deform/cuda_scatter.h"
 #include "with_type.h"
 
 namespace wsss::deform {
@@ -67,38 +69,8 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// *to += values, in any order.
-template <int kCount>
-__device__ void add(double* to, const double* values) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) atomicAdd(to + i, values[i]);
-}
-
-__device__ void add_four(float* to, const float* values) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile(
-        "red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
-        "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3])
-        : "memory");
-#else
-#pragma unroll
-    for (int i = 0; i < 4; ++i) atomicAdd(to + i, values[i]);
-#endif
-}
-
-template <int kCount>
-__device__ void add(float* to, const float* values) {
-    if constexpr (kCount % 4 == 0) {
-#pragma unroll
-        for (int i = 0; i < kCount; i += 4) add_four(to + i, values + i);
-    } else {
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) atomicAdd(to + i, values[i]);
-    }
-}
-
 // A group of `lanes` (a power of two) takes a sample.
-template <class T, int kVector, bool kSums, bool kScatter>
+template <class T, int kVector>
 __global__ void __launch_bounds__(kThreads)
     differentiate_samples(Params p, Divisors by, uint32_t samples, int lanes) {
     using W = wide<T>;
@@ -106,9 +78,6 @@ __global__ void __launch_bounds__(kThreads)
     const bool active = own < samples;
     const Sample<W> sample = active ? find_sample<W>(p, locate(p, by, own)) : Sample<W>{};
     const Reading<W> from = find_reading(sample, p.input_strides);
-    const Strides dense{p.shape.height * p.shape.width * p.shape.channels, 1,
-                        p.shape.width * p.shape.channels, p.shape.channels};
-    const Reading<W> to = find_reading(sample, dense);
     const T* __restrict__ const input = static_cast<const T*>(p.input);
     const T* __restrict__ const columns = static_cast<const T*>(p.columns);
 
@@ -122,42 +91,28 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner) {
             if ((sample.inside >> corner & 1) == 0) continue;
-            if constexpr (kSums) {
-                const auto read =
-                    load<T, kVector>(input + from.first + channel + corner_offset(corner, p.input_strides));
+            const auto read =
+                load<T, kVector>(input + from.first + channel + corner_offset(corner, p.input_strides));
 #pragma unroll
-                for (int i = 0; i < kVector; ++i) {
-                    sums[corner] += static_cast<W>(gradient.at[i]) * static_cast<W>(read.at[i]);
-                }
-            }
-            if constexpr (kScatter) {
-                W shares[kVector];
-#pragma unroll
-                for (int i = 0; i < kVector; ++i) {
-                    shares[i] = to.weight[corner] * static_cast<W>(gradient.at[i]);
-                }
-                add<kVector>(
-                    static_cast<W*>(p.input_gradient) + to.first + channel + corner_offset(corner, dense),
-                    shares);
+            for (int i = 0; i < kVector; ++i) {
+                sums[corner] += static_cast<W>(gradient.at[i]) * static_cast<W>(read.at[i]);
             }
         }
     }
-    if constexpr (kSums) {
-        W by_y = 0, by_x = 0, by_mask = 0;
+    W by_y = 0, by_x = 0, by_mask = 0;
 #pragma unroll
-        for (int corner = 0; corner < 4; ++corner) {
-            by_y += sample.weight_y(corner) * sums[corner];
-            by_x += sample.weight_x(corner) * sums[corner];
-            by_mask += sample.weight(corner) * sums[corner];
-        }
-        for (int distance = lanes / 2; distance > 0; distance /= 2) {
-            by_y += __shfl_xor_sync(0xffffffffu, by_y, distance);
-            by_x += __shfl_xor_sync(0xffffffffu, by_x, distance);
-            by_mask += __shfl_xor_sync(0xffffffffu, by_mask, distance);
-        }
-        if (active && threadIdx.x % lanes == 0) {
-            write_gradients(p, locate(p, by, own), sample.mask * by_y, sample.mask * by_x, by_mask);
-        }
+    for (int corner = 0; corner < 4; ++corner) {
+        by_y += sample.weight_y(corner) * sums[corner];
+        by_x += sample.weight_x(corner) * sums[corner];
+        by_mask += sample.weight(corner) * sums[corner];
+    }
+    for (int distance = lanes / 2; distance > 0; distance /= 2) {
+        by_y += __shfl_xor_sync(0xffffffffu, by_y, distance);
+        by_x += __shfl_xor_sync(0xffffffffu, by_x, distance);
+        by_mask += __shfl_xor_sync(0xffffffffu, by_mask, distance);
+    }
+    if (active && threadIdx.x % lanes == 0) {
+        write_gradients(p, locate(p, by, own), sample.mask * by_y, sample.mask * by_x, by_mask);
     }
 }
 
@@ -235,18 +190,24 @@ void sample(const Params& p, const Where& where) {
 }
 
 void differentiate(const Params& p, const Where& where) {
-    const bool sums = p.offset_gradient != nullptr || p.mask_gradient != nullptr;
-    const bool scatters = p.input_gradient != nullptr;
     with_types(p, [&](auto element, auto vector) {
-        using T = decltype(element);
-        constexpr int kVector = vector.value;
-        const auto kernel = sums && scatters ? differentiate_samples<T, kVector, true, true>
-                            : sums           ? differentiate_samples<T, kVector, true, false>
-                                             : differentiate_samples<T, kVector, false, true>;
         const uint32_t samples = count_samples(p);
-        const int lanes = count_lanes(p, kVector);
-        launch(kernel, blocks(samples, static_cast<uint32_t>(kThreads / lanes)), dim3(kThreads), 0,
-               where.stream, p, Divisors(p), samples, lanes);
+        const int lanes = count_lanes(p, vector.value);
+        launch(differentiate_samples<decltype(element), vector.value>,
+               blocks(samples, static_cast<uint32_t>(kThreads / lanes)), dim3(kThreads), 0, where.stream, p,
+               Divisors(p), samples, lanes);
+    });
+}
+
+void scatter(const Params& p, const Where& where) {
+    const Tiling tiling(p);
+    const uint32_t tiles =
+        tiling.across * tiling.down * tiling.deep * static_cast<uint32_t>(p.shape.offset_groups);
+    with_types(p, [&](auto element, auto vector) {
+        const int lanes = count_lanes(p, vector.value);
+        launch(scatter_tiles<decltype(element), vector.value>,
+               dim3(tiles, count_parts(p, tiles, lanes * vector.value)), dim3(kThreads), 0, where.stream, p,
+               Divisors(p), tiling, lanes);
     });
 }
 

@@ -66,7 +66,7 @@ __device__ Row find_row(const Params& p, const Divisors& by, uint32_t sample) {
     const uint32_t tap = by.taps.remainder(sample, slot);
     const uint32_t pixel = by.offset_groups.quotient(slot);
     const uint32_t group = by.offset_groups.remainder(slot, pixel);
-    return {pixel * p.taps * s.channels + tap * (s.channels / s.groups),
+    return {pixel * p.taps * s.channels + static_cast<int64_t>(tap) * by.weight_group.divisor(),
             group * static_cast<uint32_t>(s.channels / s.offset_groups)};
 }
 

@@ -91,8 +91,10 @@ int64_t product_bytes(int64_t outputs);
 WSSS_OPERATION(multiply, Params)
 // columns = the samples.
 WSSS_OPERATION(sample, Params)
-// offset_gradient, mask_gradient = from the columns' gradient in `columns`; input_gradient += likewise.
+// offset_gradient, mask_gradient = from the columns' gradient in `columns`.
 WSSS_OPERATION(differentiate, Params)
+// input_gradient += from the columns' gradient, in any order.
+WSSS_OPERATION(scatter, Params)
 // targets, weights = of the samples' corners.
 WSSS_OPERATION(find_targets, Params)
 // input_gradient += from the columns' gradient, each target's corners in their order.
