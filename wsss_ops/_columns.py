@@ -95,9 +95,9 @@ class Columns:
                 by_group = part.view(-1, self.groups, self.outputs // self.groups).transpose(0, 1)
                 _multiply(columns.flatten(2).transpose(0, 1), self.matrix.flatten(2).transpose(1, 2), by_group)
             elif bias is None:
-                torch.mm(columns.view(part.shape[0], -1), one_group, out=part)
+                torch.mm(columns.flatten(1), one_group, out=part)
             else:
-                torch.addmm(bias, columns.view(part.shape[0], -1), one_group, out=part)
+                torch.addmm(bias, columns.flatten(1), one_group, out=part)
         return result if bias is None or self.groups == 1 else result.add_(bias)
 
     def differentiate(
