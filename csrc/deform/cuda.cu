@@ -24,9 +24,8 @@ constexpr int kSamples = 64;
 
 template <class T, int kVector>
 __global__ void __launch_bounds__(kThreads)
-    sample_columns(Params p, Divisors by, uint32_t samples, int lanes) {
+    sample_columns(Params p, Divisors by, uint32_t samples, Lanes lanes) {
     using W = wide<T>;
-    using Channels = Vector<T, kVector>;
     __shared__ Reading<W> readings[kSamples];
     __shared__ Row rows[kSamples];
     const uint32_t first = blockIdx.x * kSamples;
@@ -40,31 +39,14 @@ __global__ void __launch_bounds__(kThreads)
 
     const T* __restrict__ const input = static_cast<const T*>(p.input);
     T* __restrict__ const columns = static_cast<T*>(p.columns);
-    const auto group_channels = static_cast<uint32_t>(p.shape.channels / p.shape.offset_groups);
-    for (uint32_t c = kVector * (threadIdx.x % lanes); c < group_channels; c += kVector * lanes) {
+    for (uint32_t c = kVector * lanes.own(); c < by.group_channels; c += kVector * lanes.count()) {
 #pragma unroll 2
-        for (uint32_t own = threadIdx.x / lanes; own < here; own += kThreads / lanes) {
+        for (uint32_t own = lanes.group(); own < here; own += lanes.groups()) {
             const Reading<W>& reading = readings[own];
             const uint32_t channel = rows[own].channel + c;
-            const T* const from = input + reading.first + channel;
-            Channels corners[4];
-#pragma unroll
-            for (int corner = 0; corner < 4; ++corner) {
-                const bool inside = (reading.inside >> corner & 1) != 0;
-                corners[corner] =
-                    inside ? load<T, kVector>(from + corner_offset(corner, p.input_strides)) : Channels{};
-            }
-            Channels blended;
-#pragma unroll
-            for (int i = 0; i < kVector; ++i) {
-                W sum = 0;
-#pragma unroll
-                for (int corner = 0; corner < 4; ++corner) {
-                    sum += reading.weight[corner] * static_cast<W>(corners[corner].at[i]);
-                }
-                blended.at[i] = static_cast<T>(sum);
-            }
-            *reinterpret_cast<Channels*>(columns + column_of(p, by, rows[own], channel)) = blended;
+            const auto corners =
+                load_corners<kVector>(input + reading.first + channel, reading, p.input_strides);
+            store(columns + column_of(p, by, rows[own], channel), blend(corners, reading));
         }
     }
 }
@@ -72,9 +54,9 @@ __global__ void __launch_bounds__(kThreads)
 // A group of `lanes` (a power of two) takes a sample.
 template <class T, int kVector>
 __global__ void __launch_bounds__(kThreads)
-    differentiate_samples(Params p, Divisors by, uint32_t samples, int lanes) {
+    differentiate_samples(Params p, Divisors by, uint32_t samples, Lanes lanes) {
     using W = wide<T>;
-    const uint32_t own = blockIdx.x * (kThreads / lanes) + threadIdx.x / lanes;
+    const uint32_t own = blockIdx.x * lanes.groups() + lanes.group();
     const bool active = own < samples;
     const Sample<W> sample = active ? find_sample<W>(p, locate(p, by, own)) : Sample<W>{};
     const Reading<W> from = find_reading(sample, p.input_strides);
@@ -83,20 +65,18 @@ __global__ void __launch_bounds__(kThreads)
 
     W sums[4] = {};  // over channels, of the gradient times the corner
     const Row row = find_row(p, by, own);
-    const auto group_channels = static_cast<uint32_t>(p.shape.channels / p.shape.offset_groups);
-    for (uint32_t c = kVector * (threadIdx.x % lanes); sample.inside != 0 && c < group_channels;
-         c += kVector * lanes) {
+    for (uint32_t c = kVector * lanes.own(); sample.inside != 0 && c < by.group_channels;
+         c += kVector * lanes.count()) {
         const uint32_t channel = row.channel + c;
-        const auto gradient = load<T, kVector>(columns + column_of(p, by, row, channel));
+        const auto corners = load_corners<kVector>(input + from.first + channel, from, p.input_strides);
+        W gradient[kVector];
+        widen(load<T, kVector>(columns + column_of(p, by, row, channel)), gradient);
 #pragma unroll
         for (int corner = 0; corner < 4; ++corner) {
-            if ((sample.inside >> corner & 1) == 0) continue;
-            const auto read =
-                load<T, kVector>(input + from.first + channel + corner_offset(corner, p.input_strides));
+            W numbers[kVector];
+            widen(corners.at[corner], numbers);
 #pragma unroll
-            for (int i = 0; i < kVector; ++i) {
-                sums[corner] += static_cast<W>(gradient.at[i]) * static_cast<W>(read.at[i]);
-            }
+            for (int i = 0; i < kVector; ++i) sums[corner] += gradient[i] * numbers[i];
         }
     }
     W by_y = 0, by_x = 0, by_mask = 0;
@@ -106,12 +86,12 @@ __global__ void __launch_bounds__(kThreads)
         by_x += sample.weight_x(corner) * sums[corner];
         by_mask += sample.weight(corner) * sums[corner];
     }
-    for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    for (int distance = lanes.count() / 2; distance > 0; distance /= 2) {
         by_y += __shfl_xor_sync(0xffffffffu, by_y, distance);
         by_x += __shfl_xor_sync(0xffffffffu, by_x, distance);
         by_mask += __shfl_xor_sync(0xffffffffu, by_mask, distance);
     }
-    if (active && threadIdx.x % lanes == 0) {
+    if (active && lanes.own() == 0) {
         write_gradients(p, locate(p, by, own), sample.mask * by_y, sample.mask * by_x, by_mask);
     }
 }
@@ -138,26 +118,28 @@ __global__ void __launch_bounds__(kThreads) find_sample_targets(Params p, Diviso
 // A group of `lanes` takes a target.
 template <class T, int kVector>
 __global__ void __launch_bounds__(kThreads)
-    gather_corners(Params p, Divisors by, uint32_t targets, int lanes) {
+    gather_corners(Params p, Divisors by, uint32_t targets, Lanes lanes) {
     using W = wide<T>;
-    const uint32_t target = blockIdx.x * (kThreads / lanes) + threadIdx.x / lanes;
+    const uint32_t target = blockIdx.x * lanes.groups() + lanes.group();
     if (target >= targets) return;
     const T* __restrict__ const columns = static_cast<const T*>(p.columns);
     const W* __restrict__ const weights = static_cast<const W*>(p.weights);
-    const auto group_channels = static_cast<uint32_t>(p.shape.channels / p.shape.offset_groups);
-    for (uint32_t c = kVector * (threadIdx.x % lanes); c < group_channels; c += kVector * lanes) {
-        using Sums = Vector<W, kVector>;
+    for (uint32_t c = kVector * lanes.own(); c < by.group_channels; c += kVector * lanes.count()) {
+        struct alignas(kVector == 1 ? sizeof(W) : 16) Sums {
+            W at[kVector];
+        };
         // Target (pixel, group) begins at pixel * channels + group * group_channels.
         auto* const to = reinterpret_cast<Sums*>(static_cast<W*>(p.input_gradient) +
-                                                 static_cast<int64_t>(target) * group_channels + c);
+                                                 static_cast<int64_t>(target) * by.group_channels + c);
         Sums sums = *to;
         for (int64_t i = p.starts[target]; i < p.starts[target + 1]; ++i) {
             const int64_t corner = p.order[i];
             const W weight = weights[corner];
             const Row row = find_row(p, by, static_cast<uint32_t>(corner / 4));
-            const auto gradient = load<T, kVector>(columns + column_of(p, by, row, row.channel + c));
+            W gradient[kVector];
+            widen(load<T, kVector>(columns + column_of(p, by, row, row.channel + c)), gradient);
 #pragma unroll
-            for (int i = 0; i < kVector; ++i) sums.at[i] += weight * static_cast<W>(gradient.at[i]);
+            for (int j = 0; j < kVector; ++j) sums.at[j] += weight * gradient[j];
         }
         *to = sums;
     }
@@ -185,16 +167,16 @@ void sample(const Params& p, const Where& where) {
     with_types(p, [&](auto element, auto vector) {
         const uint32_t samples = count_samples(p);
         launch(sample_columns<decltype(element), vector.value>, blocks(samples, kSamples), dim3(kThreads), 0,
-               where.stream, p, Divisors(p), samples, count_lanes(p, vector.value));
+               where.stream, p, Divisors(p), samples, choose_lanes(p, vector.value));
     });
 }
 
 void differentiate(const Params& p, const Where& where) {
     with_types(p, [&](auto element, auto vector) {
         const uint32_t samples = count_samples(p);
-        const int lanes = count_lanes(p, vector.value);
+        const Lanes lanes = choose_lanes(p, vector.value);
         launch(differentiate_samples<decltype(element), vector.value>,
-               blocks(samples, static_cast<uint32_t>(kThreads / lanes)), dim3(kThreads), 0, where.stream, p,
+               blocks(samples, static_cast<uint32_t>(lanes.groups())), dim3(kThreads), 0, where.stream, p,
                Divisors(p), samples, lanes);
     });
 }
@@ -204,10 +186,10 @@ void scatter(const Params& p, const Where& where) {
     const uint32_t tiles =
         tiling.across * tiling.down * tiling.deep * static_cast<uint32_t>(p.shape.offset_groups);
     with_types(p, [&](auto element, auto vector) {
-        const int lanes = count_lanes(p, vector.value);
+        const Lanes lanes = choose_lanes(p, vector.value);
         launch(scatter_tiles<decltype(element), vector.value>,
-               dim3(tiles, count_parts(p, tiles, lanes * vector.value)), dim3(kThreads), 0, where.stream, p,
-               Divisors(p), tiling, lanes);
+               dim3(tiles, count_parts(p, tiles, lanes.count() * vector.value)), dim3(kThreads), 0,
+               where.stream, p, Divisors(p), tiling, lanes);
     });
 }
 
@@ -221,9 +203,9 @@ void gather(const Params& p, const Where& where) {
     const auto targets =
         static_cast<uint32_t>(p.shape.images * p.shape.height * p.shape.width * p.shape.offset_groups);
     with_types(p, [&](auto element, auto vector) {
-        const int lanes = count_lanes(p, vector.value);
+        const Lanes lanes = choose_lanes(p, vector.value);
         launch(gather_corners<decltype(element), vector.value>,
-               blocks(targets, static_cast<uint32_t>(kThreads / lanes)), dim3(kThreads), 0, where.stream, p,
+               blocks(targets, static_cast<uint32_t>(lanes.groups())), dim3(kThreads), 0, where.stream, p,
                Divisors(p), targets, lanes);
     });
 }

@@ -67,7 +67,7 @@ class Product {
     __device__ Product(const Params& p, const Divisors& by, Memory& memory)
         : p_(p),
           memory_(memory),
-          group_channels_(static_cast<uint32_t>(p.shape.channels / p.shape.offset_groups)),
+          group_channels_(by.group_channels),
           steps_(static_cast<uint32_t>(p.taps * p.shape.offset_groups) *
                  ((group_channels_ + kDepth - 1) / kDepth)),
           pixel_(blockIdx.x * kRows + threadIdx.x) {
@@ -85,7 +85,7 @@ class Product {
         copy_weight(1);
         __syncthreads();
         find_displacement();
-        for (int part = 0; part < 4; ++part) store_samples(0, part, load_corners(part));
+        for (int part = 0; part < 4; ++part) store_samples(0, part, load_chunk(part));
         place_samples();
         sampled_.advance(p_, group_channels_);
         for (uint32_t step = 0; step < steps_; ++step) {
@@ -97,8 +97,8 @@ class Product {
             if (changes) find_displacement();
 #pragma unroll
             for (int part = 0; part < 4; ++part) {
-                Corners corners;
-                if (more) corners = load_corners(part);
+                Corners<T, kChunk> corners;
+                if (more) corners = load_chunk(part);
                 multiply(step, part);
                 if (more) store_samples(step + 1, part, corners);
             }
@@ -109,11 +109,6 @@ class Product {
     }
 
   private:
-    using Channels = Vector<T, kChunk>;
-    struct Corners {
-        Channels at[4];
-    };
-
     // Of the next tap or offset group, for one pixel of the tile a thread.
     __device__ void find_displacement() {
         if (threadIdx.x >= kRows || pixel_ >= p_.count || placed_.tap >= p_.taps) return;
@@ -133,38 +128,19 @@ class Product {
     }
 
     // A chunk of one of 32 rows a thread; `part` of four.
-    __device__ Corners load_corners(int part) const {
-        const int row = 32 * part + static_cast<int>(threadIdx.x) / kMostLanes;
+    __device__ Corners<T, kChunk> load_chunk(int part) const {
         const uint32_t own = sampled_.slice + kChunk * (threadIdx.x % kMostLanes);
-        const Reading<W>& reading = readings()[row];
-        const T* const from =
+        const Reading<W>& reading = readings()[row_of(part)];
+        const T* const first =
             static_cast<const T*>(p_.input) + reading.first + sampled_.group * group_channels_ + own;
-        Corners corners;
-#pragma unroll
-        for (int corner = 0; corner < 4; ++corner) {
-            const bool inside = own < group_channels_ && (reading.inside >> corner & 1) != 0;
-            corners.at[corner] =
-                inside ? load<T, kChunk>(from + corner_offset(corner, p_.input_strides)) : Channels{};
-        }
-        return corners;
+        return load_corners<kChunk>(first, reading, p_.input_strides, own < group_channels_);
     }
-    __device__ void store_samples(uint32_t step, int part, const Corners& corners) {
-        const int row = 32 * part + static_cast<int>(threadIdx.x) / kMostLanes;
-        const Reading<W>& reading = readings()[row];
-        Channels blended;
-#pragma unroll
-        for (int i = 0; i < kChunk; ++i) {
-            W sum = 0;
-#pragma unroll
-            for (int corner = 0; corner < 4; ++corner) {
-                sum += reading.weight[corner] * static_cast<W>(corners.at[corner].at[i]);
-            }
-            blended.at[i] = static_cast<T>(sum);
-        }
-        T* const to =
-            memory_.samples[step % 2] + chunk_offset(row, static_cast<int>(threadIdx.x) % kMostLanes);
-        *reinterpret_cast<Channels*>(to) = blended;
+    __device__ void store_samples(uint32_t step, int part, const Corners<T, kChunk>& corners) {
+        const int row = row_of(part);
+        store(memory_.samples[step % 2] + chunk_offset(row, static_cast<int>(threadIdx.x) % kMostLanes),
+              blend(corners, readings()[row]));
     }
+    __device__ static int row_of(int part) { return 32 * part + static_cast<int>(threadIdx.x) / kMostLanes; }
     // Those that are sampled from.
     __device__ const Reading<W>* readings() const {
         return memory_
@@ -174,17 +150,21 @@ class Product {
     // A chunk of kOutputs / 32 rows a thread. A group of copies, be it empty, for every step.
     __device__ void copy_weight(uint32_t step) {
         if (step < steps_) {
-            const uint32_t own = copied_.slice + kChunk * (threadIdx.x % kMostLanes);
-            const int64_t column = copied_.tap * p_.shape.channels + copied_.group * group_channels_ + own;
-            T* const to = memory_.weight[step % kStages];
+            const int chunk = static_cast<int>(threadIdx.x) % kMostLanes;
+            const int first_row = static_cast<int>(threadIdx.x) / kMostLanes;
+            const uint32_t own = copied_.slice + kChunk * chunk;
+            const int64_t columns = p_.taps * p_.shape.channels;
+            const T* from = static_cast<const T*>(p_.weight) + first_row * columns +
+                            copied_.tap * p_.shape.channels + copied_.group * group_channels_ + own;
+            const int rows = own < group_channels_ ? static_cast<int>(p_.outputs) : 0;
+            T* const to = memory_.weight[step % kStages] + chunk_offset(first_row, chunk);
+            constexpr int kRowsEach =
+                kThreads / kMostLanes;  // a multiple of eight: chunks are exchanged alike
 #pragma unroll
-            for (int row = static_cast<int>(threadIdx.x) / kMostLanes; row < kOutputs;
-                 row += kThreads / kMostLanes) {
-                const bool there = row < p_.outputs && own < group_channels_;
-                const T* const from = static_cast<const T*>(p_.weight) +
-                                      (there ? row * p_.taps * p_.shape.channels + column : 0);
-                __pipeline_memcpy_async(to + chunk_offset(row, static_cast<int>(threadIdx.x) % kMostLanes),
-                                        from, 16, there ? 0 : 16);
+            for (int row = 0; row < kOutputs; row += kRowsEach) {
+                const bool there = first_row + row < rows;
+                __pipeline_memcpy_async(to + row * kDepth, from, 16, there ? 0 : 16);
+                from += kRowsEach * columns;
             }
             copied_.advance(p_, group_channels_);
         }
@@ -230,8 +210,8 @@ class Product {
                     static_cast<int64_t>(blockIdx.x) * kRows + first_row() + 8 * i + lane / 4;
                 if (pixel >= p_.count) continue;
                 const float* const sums = sums_[i / 2][n] + i % 2 * 2;
-                *reinterpret_cast<Vector<T, 2>*>(static_cast<T*>(p_.output) + pixel * p_.outputs + output) = {
-                    {static_cast<T>(sums[0] + bias_0), static_cast<T>(sums[1] + bias_1)}};
+                const auto pair = narrow_pair(T(0.0f), sums[0] + bias_0, sums[1] + bias_1);
+                std::memcpy(static_cast<T*>(p_.output) + pixel * p_.outputs + output, &pair, sizeof(pair));
             }
         }
     }

@@ -4,6 +4,7 @@
 
 #include "deform/math.h"
 #include "launch.h"
+#include "packed.h"
 
 namespace wsss::deform {
 namespace {
@@ -13,18 +14,20 @@ constexpr int kThreads = 256;
 // would have more of fewer samples' channels in flight, and so less of what neighbouring samples share.
 constexpr int kMostLanes = 8;
 
-template <class T, int kCount>
-struct alignas(sizeof(T) * kCount) Vector {
-    T at[kCount];
-};
+// A block's threads in groups of a power of two, each of which takes a sample or a pixel.
+struct Lanes {
+    int bits;
 
-template <class T, int kVector>
-__device__ Vector<T, kVector> load(const T* from) {
-    return *reinterpret_cast<const Vector<T, kVector>*>(from);
-}
+    WSSS_HOST_DEVICE int count() const { return 1 << bits; }
+    WSSS_HOST_DEVICE int groups() const { return kThreads >> bits; }
+    __device__ int own() const { return static_cast<int>(threadIdx.x) & (count() - 1); }
+    __device__ int group() const { return static_cast<int>(threadIdx.x) >> bits; }
+};
 
 struct Divisors {
     Divisor taps, kernel_w, offset_groups, out_width, out_height, weight_group;
+    uint32_t
+        group_channels;  // of an offset group: a GPU takes a hundred instructions to divide 64-bit numbers
 
     explicit Divisors(const Params& p)
         : taps(static_cast<uint32_t>(p.taps)),
@@ -32,7 +35,8 @@ struct Divisors {
           offset_groups(static_cast<uint32_t>(p.shape.offset_groups)),
           out_width(static_cast<uint32_t>(p.shape.out_width)),
           out_height(static_cast<uint32_t>(p.shape.out_height)),
-          weight_group(static_cast<uint32_t>(p.shape.channels / p.shape.groups)) {}
+          weight_group(static_cast<uint32_t>(p.shape.channels / p.shape.groups)),
+          group_channels(static_cast<uint32_t>(p.shape.channels / p.shape.offset_groups)) {}
 };
 
 // Samples of the chunk are numbered in the order pixel, offset group, tap.
@@ -67,12 +71,12 @@ __device__ Row find_row(const Params& p, const Divisors& by, uint32_t sample) {
     const uint32_t pixel = by.offset_groups.quotient(slot);
     const uint32_t group = by.offset_groups.remainder(slot, pixel);
     return {pixel * p.taps * s.channels + static_cast<int64_t>(tap) * by.weight_group.divisor(),
-            group * static_cast<uint32_t>(s.channels / s.offset_groups)};
+            group * by.group_channels};
 }
 
 // In a row each weight group has all its taps before the next group begins.
 __device__ int64_t column_of(const Params& p, const Divisors& by, const Row& row, uint32_t channel) {
-    const int64_t gap = (p.taps - 1) * (p.shape.channels / p.shape.groups);
+    const int64_t gap = (p.taps - 1) * by.weight_group.divisor();
     return row.first + channel + by.weight_group.quotient(channel) * gap;
 }
 
@@ -97,14 +101,49 @@ __device__ int64_t corner_offset(int corner, const Strides& strides) {
     return (corner & 2 ? strides.y : 0) + (corner & 1 ? strides.x : 0);
 }
 
+// The corners of a sample in a channel, or zeros beyond the image.
+template <class T, int kVector>
+struct Corners {
+    Packed<T, kVector> at[4];
+};
+
+template <int kVector, class T, class W>
+__device__ Corners<T, kVector> load_corners(const T* first, const Reading<W>& reading, const Strides& strides,
+                                            bool there = true) {
+    const unsigned inside = there ? reading.inside : 0;
+    Corners<T, kVector> corners;
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+        const T* const from = first + corner_offset(corner, strides);
+        corners.at[corner] = load_if<T, kVector>((inside >> corner & 1) != 0, from);
+    }
+    return corners;
+}
+
+// The samples.
+template <class T, int kVector, class W>
+__device__ Packed<T, kVector> blend(const Corners<T, kVector>& corners, const Reading<W>& reading) {
+    W sums[kVector] = {};
+#pragma unroll
+    for (int corner = 0; corner < 4; ++corner) {
+        W numbers[kVector];
+        widen(corners.at[corner], numbers);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) sums[i] += reading.weight[corner] * numbers[i];
+    }
+    return narrow<T, kVector>(sums);
+}
+
 uint32_t count_samples(const Params& p) {
     return static_cast<uint32_t>(p.count * p.shape.offset_groups * p.taps);
 }
 
 // As many lanes as a sample has vectors, rounded up to a power of two, at most kMostLanes.
-int count_lanes(const Params& p, int vector) {
-    int lanes = 1;
-    while (lanes < kMostLanes && lanes * vector < p.shape.channels / p.shape.offset_groups) lanes *= 2;
+Lanes choose_lanes(const Params& p, int vector) {
+    Lanes lanes{0};
+    while (lanes.count() < kMostLanes && lanes.count() * vector < p.shape.channels / p.shape.offset_groups) {
+        ++lanes.bits;
+    }
     return lanes;
 }
 

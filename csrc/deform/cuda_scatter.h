@@ -246,23 +246,22 @@ __device__ void add(float* to, const float* values) {
 
 // blockIdx.x: tile, part of the taps, offset group; blockIdx.y: the first of the slices of channels.
 template <class T, int kVector>
-__global__ void __launch_bounds__(kThreads) scatter_tiles(Params p, Divisors by, Tiling tiling, int lanes) {
+__global__ void __launch_bounds__(kThreads) scatter_tiles(Params p, Divisors by, Tiling tiling, Lanes lanes) {
     using W = wide<T>;
     __shared__ CornerLists<W> lists;
     const Tile tile = find_tile(p, tiling);
     sort_corners(p, by, tiling, tile, lists);
 
-    const auto group_channels = static_cast<uint32_t>(p.shape.channels / p.shape.offset_groups);
     // In registers: after each addition the compiler would read shared memory again.
     const uint32_t used = lists.used, sorted = lists.sorted, all = used + lists.others;
-    const uint32_t step = kThreads / lanes;
-    for (uint32_t c = kVector * (blockIdx.y * lanes + threadIdx.x % lanes); c < group_channels;
-         c += kVector * lanes * gridDim.y) {
-        const uint32_t channel = tile.group * group_channels + c;
+    const uint32_t step = lanes.groups();
+    for (uint32_t c = kVector * (blockIdx.y * lanes.count() + lanes.own()); c < by.group_channels;
+         c += kVector * lanes.count() * gridDim.y) {
+        const uint32_t channel = tile.group * by.group_channels + c;
         const T* __restrict__ const from =
             static_cast<const T*>(p.columns) + column_of(p, by, Row{}, channel);
         W* const to = static_cast<W*>(p.input_gradient) + channel;
-        for (uint32_t list = threadIdx.x / lanes; list < all; list += step) {
+        for (uint32_t list = lanes.group(); list < all; list += step) {
             uint32_t begin = sorted + list - used, end = begin + 1;
             if (list < used) {
                 const uint32_t slot = lists.slots[list];
@@ -273,9 +272,10 @@ __global__ void __launch_bounds__(kThreads) scatter_tiles(Params p, Divisors by,
 #pragma unroll 2
             for (uint32_t i = begin; i < end; ++i) {
                 const W weight = lists.weights[i];
-                const auto gradient = load<T, kVector>(from + lists.rows[lists.corners[i] / 4]);
+                W gradient[kVector];
+                widen(load<T, kVector>(from + lists.rows[lists.corners[i] / 4]), gradient);
 #pragma unroll
-                for (int j = 0; j < kVector; ++j) sums[j] += weight * static_cast<W>(gradient.at[j]);
+                for (int j = 0; j < kVector; ++j) sums[j] += weight * gradient[j];
             }
             add<kVector>(to + target_of(p, lists, lists.corners[begin]) * p.shape.channels, sums);
         }
