@@ -1,14 +1,16 @@
 // The deformable convolution as one product on tensor cores, for 16-bit types: samples go to shared memory
 // and never to the device's. Included by cuda.cu alone.
 //
-// D2: N16 C256 64x64 3x3, 256 outputs. 77 GFLOP; through columns 302 MB would be written and read again, half
-// of the time that the product takes. Here 34 MB are read, 34 MB written, and the weight's 1.2 MB once a tile
-// from L2, 0.6 GB. A block computes 128 pixels by all outputs (128 or 256 of them: with more, columns pay,
-// since every tile of outputs would take the same samples), in steps of one tap and 64 channels: its product
-// needs 128 KB of fragments and 48 KB of new operands from shared memory and 64 KB of corners through L1,
-// 1900 cycles at 128 bytes each, more than the 1600 that `mma` takes; so 0.16 ms on 132 multiprocessors
-// against 0.12 ms of a bare product. (`wgmma`, which reads operands once, would reach it: not written, as it
-// is for one architecture alone.) Nothing here has been timed on a GPU yet.
+// D2: N16 C256 64x64 3x3, 256 outputs. 77 GFLOP; through columns 302 MB would be written and read again,
+// which takes longer than the product. Here 34 MB are read, 34 MB written, and the weight's 1.2 MB once a
+// tile from L2, 0.6 GB. A block computes 128 pixels by all outputs (128 or 256 of them: with more, columns
+// pay, since every tile of outputs would take the same samples), in steps of one tap and 64 channels. A step
+// moves 128 KB of fragments and 48 KB of new operands through shared memory and 64 KB of corners through L1,
+// 1900 cycles at 128 bytes each; its product takes 1600 by `mma`; and its warps issue 8 * 850 instructions in
+// 1700, by count (3100 at first, with 16-bit numbers in arrays and branches at the border). So 0.16 to 0.2 ms
+// are expected on 132 multiprocessors against 0.12 ms of a bare product. (`wgmma`, which reads operands once,
+// would do with 1300 cycles: not written, as it is for one architecture alone.) Nothing here has been timed
+// on a GPU yet.
 //
 // Each of 8 warps has 64 pixels by a quarter of the outputs. Within a step, four times: the corners of the
 // next step's samples are loaded, 16 channels are multiplied, and the samples are blended and stored; so

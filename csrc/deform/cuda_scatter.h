@@ -10,8 +10,8 @@
 //
 // Traffic of D1 in bf16: 0.6 GB of columns, and 0.3 GB of additions, 0.1 to 0.2 ms each. The four reads of a
 // sample have to meet in L1: lists are in the order of the image's rows, and what two rows have in common is
-// some 20 KB a block. A corner takes 33 instructions for 8 channels, 0.2 ms on 132 multiprocessors at 1.7
-// GHz, and sorting a third as long. So 0.3 to 0.5 ms are expected; nothing has been timed on a GPU yet.
+// some 20 KB a block. A corner takes 29 instructions for 8 channels, 0.19 ms on 132 multiprocessors at
+// 1.7 GHz, and sorting a third as long. So 0.3 to 0.5 ms are expected; nothing has been timed on a GPU yet.
 //
 // Sorting takes more than half as long as the lists of one slice of channels (a line of the caches, 64 in
 // bf16), so a block does several slices where there are more blocks than occupy a GPU. A chunk of D1 has only
