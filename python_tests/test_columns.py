@@ -25,10 +25,14 @@ def test_chunks_cover_all_rows_and_fit(rows: int, most: int, width: int) -> None
     assert chunks[0].stop == max(chunk.stop - chunk.start for chunk in chunks)
 
 
-@pytest.mark.parametrize(("rows", "most", "width"), [(16384, 2730, 2048), (65536, 10922, 256)])
+@pytest.mark.parametrize(
+    ("rows", "most", "width"), [(16384, 2730, 2048), (16384, 2730, 18432), (65536, 10922, 256), (65536, 10922, 2304)]
+)
 def test_chunks_leave_few_multiprocessors_idle(rows: int, most: int, width: int) -> None:
-    """As many turns as one product of all rows: D1 in bfloat16 and D2 in float32."""
-    assert turns(_chunks(rows, most, width, PROCESSORS), width) == turns([slice(0, rows)], width)
+    """Hardly more turns than one product of all rows: D1 in bfloat16 and D2 in float32, forward and backward."""
+    chunks = _chunks(rows, most, width, PROCESSORS)
+    assert turns(chunks, width) <= 1.05 * turns([slice(0, rows)], width)
+    assert len(chunks) <= 1.2 * -(-rows // most)
 
 
 @pytest.mark.parametrize(("count", "most"), [(9, 1), (9, 2), (9, 4), (9, 9), (9, 20), (1, 1), (1000, 7)])

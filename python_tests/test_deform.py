@@ -10,6 +10,7 @@ from deform_cases import BOUNDS, CASES, NAMES, Case, as_double, assert_near, run
 from harness import FLOATS, LAYOUTS
 
 from wsss_ops import _backend, deform_conv2d, reference, set_workspace_limit
+from wsss_ops._columns import Columns
 
 FULL = Case((2, 6, 6, 5), 4, (3, 2), padding=1, groups=2, offset_groups=2, masked=True)
 
@@ -160,11 +161,16 @@ def test_nothing_to_sample(device: torch.device, image: tuple[int, int, int, int
         assert not any(gradient.any() for gradient in got.values())
 
 
+@pytest.mark.parametrize("processors", [1, 1000])
 @pytest.mark.parametrize("nbytes", [1, 500, 3000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.usefixtures("deterministic")
-def test_small_workspaces(device: torch.device, dtype: torch.dtype, nbytes: int) -> None:
-    """The columns in many chunks, over images' ends, give what one chunk gives, within the rounding of one sum."""
+def test_small_workspaces(
+    device: torch.device, dtype: torch.dtype, nbytes: int, processors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The columns in many chunks, over images' ends, give what one chunk gives, within the rounding of one sum; for the
+    weight's gradient chunks of taps, where those occupy the GPU, or of pixels."""
+    monkeypatch.setattr(Columns, "_processors", lambda columns: processors)
     case = Case((3, 4, 4, 3), 4, (3, 3), padding=1, groups=2, offset_groups=2, masked=True)
     given = tensors(case, device, dtype)
     set_workspace_limit(nbytes)

@@ -19,9 +19,9 @@ def set_workspace_limit(nbytes: int) -> None:
     """Bounds the columns that `deform_conv2d` holds at a time on a GPU, by default to 96 MiB. (A CPU needs none.)
 
     The samples of as many output pixels as fit are laid out in columns, multiplied, and replaced by the next; one pixel
-    at a time where not even one fits. For the weight's gradient they are those of as many taps as fit, so that each
-    product is of all pixels. The limit holds for forward and backward, in this process. The deterministic input
-    gradient needs 40 bytes more per sample and offset group of a chunk.
+    at a time where not even one fits. (For the gradient of a large weight: of all pixels, at as many taps as fit.) The
+    limit holds for forward and backward, in this process. The deterministic input gradient needs 40 bytes more per
+    sample and offset group of a chunk.
 
     Raises:
         TypeError, ValueError: if nbytes is not a positive int.
@@ -44,7 +44,9 @@ def _chunks(rows: int, most: int, width: int, processors: int) -> list[slice]:
         tiles = (-(-(chunk.stop - chunk.start) // _TILE) * -(-width // _TILE) for chunk in chunks)
         return sum(-(-number // processors) for number in tiles)
 
-    return min((divide(count) for count in range(fewest, fewest + 16)), key=turns)
+    candidates = [divide(count) for count in range(fewest, fewest + 16)]
+    enough = 1.05 * min(turns(chunks) for chunks in candidates)  # each chunk costs launches, too
+    return next(chunks for chunks in candidates if turns(chunks) <= enough)
 
 
 def _in_parts(count: int, most: int) -> list[slice]:
@@ -126,15 +128,10 @@ class Columns:
                 call("deform_scatter", self.device, *where, input_gradient)
 
     def differentiate_weight(self, gradient: Tensor) -> Tensor:
-        """The weight's gradient, shaped as `matrix`, from the output's, [rows, groups, Cout / groups].
-
-        Columns of some taps and all rows: each product is then complete, and nothing is added up in memory. Where not
-        even those of one tap fit, rows are divided as well and summed up in the wide type.
-        """
+        """The weight's gradient, shaped as `matrix`, from the output's, [rows, groups, Cout / groups]."""
         if self.rows == 0:
             return torch.zeros_like(self.matrix)
-        fit = max(1, _workspace // (self.groups * self.width * self.input.element_size()))  # pixels at one tap
-        rows, taps = _in_parts(self.rows, fit), _in_parts(self.taps, max(1, fit // self.rows))
+        rows, taps = self._weight_parts()
         total = torch.empty_like(self.matrix) if len(rows) == 1 else self.offset.new_zeros(self.matrix.shape)
         by_output = gradient.permute(1, 2, 0)
         for some in taps:
@@ -149,6 +146,19 @@ class Columns:
                 else:
                     share += torch.bmm(*operands)
         return total
+
+    def _weight_parts(self) -> tuple[list[slice], list[slice]]:
+        """Rows and taps whose columns are multiplied at a time for the weight's gradient.
+
+        Some taps and all rows where that occupies the device: each product is then complete, and nothing is added up in
+        memory, which costs most where the weight is large. Else all taps and some rows, whose products are summed in
+        the wide type; with either, one tap and some rows where no more fits.
+        """
+        fit = max(1, _workspace // (self.groups * self.width * self.input.element_size()))  # pixels at one tap
+        tiles = self.groups * -(-self.outputs // self.groups // _TILE) * -(-self.width // _TILE)
+        if tiles < self._processors() and fit >= self.taps:
+            return _in_parts(self.rows, fit // self.taps), [slice(0, self.taps)]
+        return _in_parts(self.rows, fit), _in_parts(self.taps, max(1, fit // self.rows))
 
     def _can_multiply_samples(self) -> bool:
         """Whether the kernel that samples and multiplies in one can do this call, on this device."""
