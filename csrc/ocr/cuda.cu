@@ -24,8 +24,15 @@ namespace {
 
 enum class Kind { kDirect, kStaged, kResized };
 
-template <class T, class Classes, Kind kKind>
-__global__ void __launch_bounds__(kThreads, 2) find_losses(Params p, Part part, Axes<wide<T>> axes) {
+// Blocks of kThreads on a multiprocessor, at least: 1280 pixels with eight reads each under way at once.
+template <class T, Kind kKind, bool kSelective>
+constexpr int kBlocks = sizeof(T) == 8                          ? 1
+                        : kSelective || kKind == Kind::kResized ? 3
+                                                                : 5;
+
+template <class T, Kind kKind, bool kSelective>
+__global__ void __launch_bounds__(kThreads, kBlocks<T, kKind, kSelective>)
+    find_losses(Params p, Part part, Steps steps, Axes<wide<T>> axes) {
     using W = wide<T>;
     WSSS_DYNAMIC_SHARED(unsigned char, shared);
     const uint32_t image = part.image(), end = part.end();
@@ -33,6 +40,7 @@ __global__ void __launch_bounds__(kThreads, 2) find_losses(Params p, Part part, 
     const Stage<W> stage(shared, count);
     const Classes classes(p.tags + image * p.classes, count, kKind == Kind::kStaged ? stage.end() : shared);
     const T* const logits = static_cast<const T*>(p.logits) + image * p.strides.image;
+    const W rate = rate_of<W>(p);
     double loss = 0;
     int candidates = 0;
     for (uint32_t first = part.first(); first < end; first += blockDim.x) {
@@ -46,14 +54,15 @@ __global__ void __launch_bounds__(kThreads, 2) find_losses(Params p, Part part, 
         if (exists && classes.any_inside() && !(p.ignore != nullptr && p.ignore[at])) {
             const auto find = [&](const auto& source) {
                 using Source = std::decay_t<decltype(source)>;
-                return find_loss<W>(p, typename Classes::template Scores<W, Source>(classes, source));
+                const Scores<W, Source> scores{classes, source, true, -infinity<W>()};
+                return find_loss<kSelective>(p, scores, rate);
             };
             if constexpr (kKind == Kind::kDirect) {
-                result = find(FromMemory<T>{logits + offset, p.strides.channel});
+                result = find(FromMemory<T>{logits + offset, steps.logits});
             } else if constexpr (kKind == Kind::kStaged) {
-                result = find(FromMemory<W>{stage.own(), 1});
+                result = find(FromStage<W>{stage.own()});
             } else {
-                result = find(Resized<T>(logits, p.strides, axes, place));
+                result = find(Resized<T>(logits, p.strides, axes, place, steps.logits));
             }
         }
         loss += static_cast<double>(result.loss);
@@ -88,11 +97,34 @@ __global__ void __launch_bounds__(kThreads, 2) add_parts(Params p, int64_t parts
     *static_cast<W*>(p.total) = static_cast<W>(sum.loss / divisor);
 }
 
-template <class T, class Classes, Kind kKind>
-__global__ void __launch_bounds__(kThreads, 2) find_gradients(Params p, Part part) {
+// The gradients of a pixel's scores by write(class, gradient), all zero where they are not wanted.
+template <bool kSelective, class W, class Source, class Write>
+__device__ void write_gradients(const Params& p, const Scores<W, Source>& scores, const Slopes<W>& slopes,
+                                int winner, W rate, const Write& write) {
+    scores.each_outside([&](const auto& batch) {
+#pragma unroll
+        for (int i = 0; i < batch.kSize; ++i) {
+            if (!batch.has(i)) break;
+            write(batch.classes[i], slopes.of_outside(batch.scores[i], rate));
+        }
+    });
+    scores.each_inside([&](const auto& batch) {
+#pragma unroll
+        for (int i = 0; i < batch.kSize; ++i) {
+            if (!batch.has(i)) break;
+            const int c = batch.classes[i];
+            const W score = batch.scores[i];
+            write(c,
+                  kSelective ? slopes.of_selected(p, c, winner, score, rate) : slopes.of_inside(score, rate));
+        }
+    });
+}
+
+template <class T, Kind kKind, bool kSelective>
+__global__ void __launch_bounds__(kThreads, kBlocks<T, kKind, kSelective>)
+    find_gradients(Params p, Part part, Steps steps) {
     using W = wide<T>;
     constexpr bool kStaged = kKind == Kind::kStaged;
-    using Source = FromMemory<std::conditional_t<kStaged, W, T>>;
     WSSS_DYNAMIC_SHARED(unsigned char, shared);
     const uint32_t image = part.image(), end = part.end();
     const int count = static_cast<int>(p.classes);
@@ -100,6 +132,7 @@ __global__ void __launch_bounds__(kThreads, 2) find_gradients(Params p, Part par
     const Classes classes(p.tags + image * p.classes, count, kStaged ? stage.end() : shared);
     const T* const logits = static_cast<const T*>(p.logits) + image * p.strides.image;
     T* const gradient = static_cast<T*>(p.gradient) + image * p.gradient_strides.image;
+    const W rate = rate_of<W>(p);
     for (uint32_t first = part.first(); first < end; first += blockDim.x) {
         const uint32_t pixel = first + threadIdx.x;
         const int64_t at = static_cast<int64_t>(image) * part.pixels + pixel;
@@ -107,39 +140,40 @@ __global__ void __launch_bounds__(kThreads, 2) find_gradients(Params p, Part par
         const int64_t offset = offset_of(p.strides, place), to = offset_of(p.gradient_strides, place);
         const bool exists = pixel < end;
         const int winner = exists ? p.winner[at] : -1;
+        const bool wanted = winner >= 0;
         if constexpr (kStaged) {
-            if (__syncthreads_or(winner >= 0)) stage.load(logits, offset, end - first, part.classes);
+            if (__syncthreads_or(wanted)) stage.load(logits, offset, end - first, part.classes);
         }
         const auto write = [&](int c, W value) {
             if constexpr (kStaged) {
                 stage.own()[c] = value;
             } else {
-                gradient[to + c * p.gradient_strides.channel] = static_cast<T>(value);
+                *step(gradient + to, c, steps.gradient) = static_cast<T>(value);
             }
         };
-        if (winner >= 0) {
-            Source source;
+        // Zeros of single pixels are written along with their neighbours' gradients, as whole sectors.
+        const bool any_wanted = __any_sync(0xffffffffu, wanted);
+        if (!kStaged && !exists) continue;
+        if (any_wanted) {
+            const auto find = [&](const auto& source) {
+                const Scores<W, std::decay_t<decltype(source)>> scores{classes, source, wanted, 0};
+                const int known = wanted ? winner : 0;
+                const W outside_sum = wanted ? static_cast<const W*>(p.outside_sum)[at] : W{0};
+                const W loss_gradient = wanted ? find_loss_gradient<W>(p, at) : W{0};
+                const Inside<W> in = find_inside<kSelective>(p, scores, known, rate);
+                const Slopes<W> slopes(p, in, scores, known, outside_sum, loss_gradient);
+                write_gradients<kSelective>(p, scores, slopes, known, rate, write);
+            };
             if constexpr (kStaged) {
-                source = {stage.own(), 1};
+                find(FromStage<W>{stage.own()});
             } else {
-                source = {logits + offset, p.strides.channel};
+                find(FromMemory<T>{logits + offset, steps.logits});
             }
-            const typename Classes::template Scores<W, Source> scores(classes, source);
-            const Slopes<W> slopes(p, scores, winner, static_cast<const W*>(p.outside_sum)[at],
-                                   find_loss_gradient<W>(p, at));
-            scores.each_outside([&](int c, W score) { write(c, slopes.of_outside(p, score)); });
-            scores.each_inside([&](int c, W score) { write(c, slopes.of_inside(p, c, winner, score)); });
-        } else if (exists) {
+        } else {
             for (int c = 0; c < count; ++c) write(c, W{0});
         }
         if constexpr (kStaged) stage.store(gradient, to, end - first, part.classes);
     }
-}
-
-template <class Run>
-void with_classes(const Params& p, const Run& run) {
-    if (p.classes <= FewClasses::kMost) return run(Type<FewClasses>());
-    run(Type<ManyClasses>());
 }
 
 struct Staging {
@@ -154,7 +188,7 @@ Staging choose_staging(const Params& p, bool side_by_side) {
     int threads = kThreads;
     while (threads > 32 && Stage<W>::shared_bytes(p.classes, threads) > (48 << 10)) threads /= 2;
     const size_t bytes = Stage<W>::shared_bytes(p.classes, threads);
-    const bool fits = bytes + ManyClasses::shared_bytes(p.classes) <= (99 << 10);
+    const bool fits = bytes + Classes::shared_bytes(p.classes) <= (99 << 10);
     return side_by_side && fits ? Staging{threads, bytes} : Staging{kThreads, 0};
 }
 
@@ -164,13 +198,14 @@ template <class T>
 void run_forward(const Params& p, const Where& where) {
     using W = wide<T>;
     const Staging staging = choose_staging<W>(p, p.strides.channel == 1 && !is_resized(p));
-    with_classes(p, [&](auto type) {
-        using Classes = typename decltype(type)::type;
-        const auto kernel = is_resized(p)       ? find_losses<T, Classes, Kind::kResized>
-                            : staging.bytes > 0 ? find_losses<T, Classes, Kind::kStaged>
-                                                : find_losses<T, Classes, Kind::kDirect>;
+    with_selection(p, [&](auto selective) {
+        constexpr bool kSelective = decltype(selective)::value;
+        const auto kernel = is_resized(p)       ? find_losses<T, Kind::kResized, kSelective>
+                            : staging.bytes > 0 ? find_losses<T, Kind::kStaged, kSelective>
+                                                : find_losses<T, Kind::kDirect, kSelective>;
         launch(kernel, part_blocks(p), dim3(static_cast<unsigned>(staging.threads)),
-               staging.bytes + Classes::shared_bytes(p.classes), where.stream, p, Part(p), Axes<W>(p));
+               staging.bytes + Classes::shared_bytes(p.classes), where.stream, p, Part(p),
+               Steps(p, sizeof(T)), Axes<W>(p));
     });
     launch(add_parts<W>, dim3(1), dim3(kThreads), 0, where.stream, p, p.images * blocks_per_image(p));
 }
@@ -180,12 +215,13 @@ void run_backward(const Params& p, const Where& where) {
     if (is_resized(p)) return run_resized<T>(p, where);
     const bool side_by_side = p.strides.channel == 1 && p.gradient_strides.channel == 1;
     const Staging staging = choose_staging<wide<T>>(p, side_by_side);
-    with_classes(p, [&](auto type) {
-        using Classes = typename decltype(type)::type;
-        const auto kernel = staging.bytes > 0 ? find_gradients<T, Classes, Kind::kStaged>
-                                              : find_gradients<T, Classes, Kind::kDirect>;
+    with_selection(p, [&](auto selective) {
+        constexpr bool kSelective = decltype(selective)::value;
+        const auto kernel = staging.bytes > 0 ? find_gradients<T, Kind::kStaged, kSelective>
+                                              : find_gradients<T, Kind::kDirect, kSelective>;
         launch(kernel, part_blocks(p), dim3(static_cast<unsigned>(staging.threads)),
-               staging.bytes + Classes::shared_bytes(p.classes), where.stream, p, Part(p));
+               staging.bytes + Classes::shared_bytes(p.classes), where.stream, p, Part(p),
+               Steps(p, sizeof(T)));
     });
 }
 

@@ -35,21 +35,24 @@ __device__ Slopes<W> restore(const W* statistics, int64_t pixels, int64_t at) {
     return slopes;
 }
 
-template <class T>
+template <class T, bool kSelective>
 __global__ void __launch_bounds__(kThreads, 2)
-    find_statistics(Params p, Part part, Axes<wide<T>> axes, wide<T>* statistics, int64_t pixels) {
+    find_statistics(Params p, Part part, Steps steps, Axes<wide<T>> axes, wide<T>* statistics,
+                    int64_t pixels) {
     using W = wide<T>;
     WSSS_DYNAMIC_SHARED(unsigned char, shared);
     const uint32_t image = part.image();
-    const ManyClasses classes(p.tags + image * p.classes, static_cast<int>(p.classes), shared);
+    const Classes classes(p.tags + image * p.classes, static_cast<int>(p.classes), shared);
     const T* const logits = static_cast<const T*>(p.logits) + image * p.strides.image;
+    const W rate = rate_of<W>(p);
     for (uint32_t pixel = part.first() + threadIdx.x; pixel < part.end(); pixel += blockDim.x) {
         const int64_t at = static_cast<int64_t>(image) * part.pixels + pixel;
         const int winner = p.winner[at];
         if (winner < 0) continue;
-        const Resized<T> source(logits, p.strides, axes, part.place(pixel));
-        const ManyClasses::Scores<W, Resized<T>> scores(classes, source);
-        const Slopes<W> slopes(p, scores, winner, static_cast<const W*>(p.outside_sum)[at],
+        const Resized<T> source(logits, p.strides, axes, part.place(pixel), steps.logits);
+        const Scores<W, Resized<T>> scores{classes, source, true, 0};
+        const Inside<W> in = find_inside<kSelective>(p, scores, winner, rate);
+        const Slopes<W> slopes(p, in, scores, winner, static_cast<const W*>(p.outside_sum)[at],
                                find_loss_gradient<W>(p, at));
         save(statistics, pixels, at, slopes);
     }
@@ -85,7 +88,7 @@ __device__ inline int lower_bound(const int* numbers, int count, int wanted) {
 // A block takes a band, a chunk of the loss's columns (one for each thread) and kSpread classes. A thread
 // walks down the rows of the loss that read the band's row of logits and the next, both resized along x in
 // registers; then what belongs to one column of the logits is added up.
-template <class T>
+template <class T, bool kSelective>
 __global__ void __launch_bounds__(kChunk)
     find_shares(Params p, Axes<wide<T>> axes, Bands by, const wide<T>* statistics, int64_t pixels) {
     using W = wide<T>;
@@ -123,6 +126,7 @@ __global__ void __launch_bounds__(kChunk)
         to_lower[k] = 0;
         inside |= static_cast<unsigned>(tags[c]) << k;
     }
+    const W rate = rate_of<W>(p);
     for (int64_t y = rows[0]; exists && y < rows[1]; ++y) {
         const int64_t at = (image * p.out_height + y) * p.out_width + x;
         const int winner = p.winner[at];
@@ -133,8 +137,9 @@ __global__ void __launch_bounds__(kChunk)
         for (int k = 0; k < kSpread; ++k) {
             const W score = upper[k] * (1 - below) + lower[k] * below;
             const int c = first_class + min(k, classes - 1);
-            const W gradient =
-                (inside >> k & 1) != 0 ? slopes.of_inside(p, c, winner, score) : slopes.of_outside(p, score);
+            const W gradient = (inside >> k & 1) == 0 ? slopes.of_outside(score, rate)
+                               : kSelective           ? slopes.of_selected(p, c, winner, score, rate)
+                                                      : slopes.of_inside(score, rate);
             to_upper[k] += gradient * (1 - below);
             to_lower[k] += gradient * below;
         }
@@ -200,11 +205,16 @@ void run_resized(const Params& p, const Where& where) {
     const Axes<W> axes(p);
     const Bands by(p);
     const auto blocks = [](int64_t count) { return static_cast<unsigned>(count); };
-    launch(find_statistics<T>, dim3(blocks(p.images * blocks_per_image(p))), dim3(kThreads),
-           ManyClasses::shared_bytes(p.classes), where.stream, p, Part(p), axes, statistics, pixels);
-    launch(find_shares<T>,
-           dim3(blocks(bands * ceil_div(p.out_width, kChunk)), blocks(ceil_div<int64_t>(p.classes, kSpread))),
-           dim3(kChunk), 0, where.stream, p, axes, by, statistics, pixels);
+    with_selection(p, [&](auto selective) {
+        constexpr bool kSelective = decltype(selective)::value;
+        launch(find_statistics<T, kSelective>, dim3(blocks(p.images * blocks_per_image(p))), dim3(kThreads),
+               Classes::shared_bytes(p.classes), where.stream, p, Part(p), Steps(p, sizeof(T)), axes,
+               statistics, pixels);
+        launch(find_shares<T, kSelective>,
+               dim3(blocks(bands * ceil_div(p.out_width, kChunk)),
+                    blocks(ceil_div<int64_t>(p.classes, kSpread))),
+               dim3(kChunk), 0, where.stream, p, axes, by, statistics, pixels);
+    });
     const int64_t column_blocks = ceil_div<int64_t>(p.width, kAddColumns);
     launch(add_shares<T>, dim3(blocks(bands * column_blocks)), dim3(kAddColumns, kAddClasses), 0,
            where.stream, p, axes, by, Divisor(static_cast<uint32_t>(column_blocks)));
