@@ -32,7 +32,7 @@ constexpr int kBlocks = sizeof(T) == 8                          ? 1
 
 template <class T, Kind kKind, bool kSelective>
 __global__ void __launch_bounds__(kThreads, kBlocks<T, kKind, kSelective>)
-    find_losses(Params p, Part part, Steps steps, Axes<wide<T>> axes) {
+    find_losses(Params p, Part part, Factors<T> factors, Axes<wide<T>> axes) {
     using W = wide<T>;
     WSSS_DYNAMIC_SHARED(unsigned char, shared);
     const uint32_t image = part.image(), end = part.end();
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kKind, kSelective>)
     const Stage<W> stage(shared, count);
     const Classes classes(p.tags + image * p.classes, count, kKind == Kind::kStaged ? stage.end() : shared);
     const T* const logits = static_cast<const T*>(p.logits) + image * p.strides.image;
-    const W rate = rate_of<W>(p);
+    const W rate = factors.rate;
     double loss = 0;
     int candidates = 0;
     for (uint32_t first = part.first(); first < end; first += blockDim.x) {
@@ -58,11 +58,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kKind, kSelective>)
                 return find_loss<kSelective>(p, scores, rate);
             };
             if constexpr (kKind == Kind::kDirect) {
-                result = find(FromMemory<T>{logits + offset, steps.logits});
+                result = find(FromMemory<T>{logits + offset, factors.logits_step});
             } else if constexpr (kKind == Kind::kStaged) {
                 result = find(FromStage<W>{stage.own()});
             } else {
-                result = find(Resized<T>(logits, p.strides, axes, place, steps.logits));
+                result = find(Resized<T>(logits, p.strides, axes, place, factors.logits_step));
             }
         }
         loss += static_cast<double>(result.loss);
@@ -112,17 +112,18 @@ __device__ void write_gradients(const Params& p, const Scores<W, Source>& scores
 #pragma unroll
         for (int i = 0; i < batch.kSize; ++i) {
             if (!batch.has(i)) break;
-            const int c = batch.classes[i];
-            const W score = batch.scores[i];
-            write(c,
-                  kSelective ? slopes.of_selected(p, c, winner, score, rate) : slopes.of_inside(score, rate));
+            W gradient = slopes.of_inside(batch.scores[i], rate);
+            if constexpr (kSelective) {
+                gradient = slopes.if_selected(p, batch.classes[i], winner, batch.scores[i], gradient);
+            }
+            write(batch.classes[i], gradient);
         }
     });
 }
 
 template <class T, Kind kKind, bool kSelective>
 __global__ void __launch_bounds__(kThreads, kBlocks<T, kKind, kSelective>)
-    find_gradients(Params p, Part part, Steps steps) {
+    find_gradients(Params p, Part part, Factors<T> factors) {
     using W = wide<T>;
     constexpr bool kStaged = kKind == Kind::kStaged;
     WSSS_DYNAMIC_SHARED(unsigned char, shared);
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kKind, kSelective>)
     const Classes classes(p.tags + image * p.classes, count, kStaged ? stage.end() : shared);
     const T* const logits = static_cast<const T*>(p.logits) + image * p.strides.image;
     T* const gradient = static_cast<T*>(p.gradient) + image * p.gradient_strides.image;
-    const W rate = rate_of<W>(p);
+    const W rate = factors.rate;
     for (uint32_t first = part.first(); first < end; first += blockDim.x) {
         const uint32_t pixel = first + threadIdx.x;
         const int64_t at = static_cast<int64_t>(image) * part.pixels + pixel;
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kKind, kSelective>)
             if constexpr (kStaged) {
                 stage.own()[c] = value;
             } else {
-                *step(gradient + to, c, steps.gradient) = static_cast<T>(value);
+                *step(gradient + to, c, factors.gradient_step) = static_cast<T>(value);
             }
         };
         // Zeros of single pixels are written along with their neighbours' gradients, as whole sectors.
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kKind, kSelective>)
             if constexpr (kStaged) {
                 find(FromStage<W>{stage.own()});
             } else {
-                find(FromMemory<T>{logits + offset, steps.logits});
+                find(FromMemory<T>{logits + offset, factors.logits_step});
             }
         } else {
             for (int c = 0; c < count; ++c) write(c, W{0});
@@ -204,8 +205,8 @@ void run_forward(const Params& p, const Where& where) {
                             : staging.bytes > 0 ? find_losses<T, Kind::kStaged, kSelective>
                                                 : find_losses<T, Kind::kDirect, kSelective>;
         launch(kernel, part_blocks(p), dim3(static_cast<unsigned>(staging.threads)),
-               staging.bytes + Classes::shared_bytes(p.classes), where.stream, p, Part(p),
-               Steps(p, sizeof(T)), Axes<W>(p));
+               staging.bytes + Classes::shared_bytes(p.classes), where.stream, p, Part(p), Factors<T>(p),
+               Axes<W>(p));
     });
     launch(add_parts<W>, dim3(1), dim3(kThreads), 0, where.stream, p, p.images * blocks_per_image(p));
 }
@@ -220,8 +221,7 @@ void run_backward(const Params& p, const Where& where) {
         const auto kernel = staging.bytes > 0 ? find_gradients<T, Kind::kStaged, kSelective>
                                               : find_gradients<T, Kind::kDirect, kSelective>;
         launch(kernel, part_blocks(p), dim3(static_cast<unsigned>(staging.threads)),
-               staging.bytes + Classes::shared_bytes(p.classes), where.stream, p, Part(p),
-               Steps(p, sizeof(T)));
+               staging.bytes + Classes::shared_bytes(p.classes), where.stream, p, Part(p), Factors<T>(p));
     });
 }
 

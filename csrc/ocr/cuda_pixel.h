@@ -18,7 +18,7 @@ __device__ inline double log_plus_one(double x) { return log1p(x); }
 // 2 units of its last place, and the term by |x| exp(x) times that: at most 5e-8 of a sum that is at least 1.
 // Results below 2^-126 become 0.
 template <class W>
-__device__ W rate_of(const Params& p) {
+W rate_of(const Params& p) {
     return static_cast<W>(sizeof(W) == 4 ? p.scale * 1.4426950408889634 : p.scale);
 }
 __device__ inline float power(float x) {
@@ -54,14 +54,18 @@ __device__ W larger_or_nan(W x, W y) {
     return y > x || y != y ? y : x;
 }
 
-// From one class's number to the next one's. In bytes, and computed before the launch: the address of a class
-// is then a multiplication of 32 by 64 bits, two instructions, without two more for the size of a number.
-struct Steps {
-    uint64_t logits, gradient;
+// What is computed before the launch: the rate of powers, and the steps from one class's number to the next
+// one's. These in bytes: the address of a class is then a multiplication of 32 by 64 bits, two instructions,
+// without two more for the size of a number.
+template <class T>
+struct Factors {
+    wide<T> rate;
+    uint64_t logits_step, gradient_step;
 
-    explicit Steps(const Params& p, size_t size)
-        : logits(static_cast<uint64_t>(p.strides.channel) * size),
-          gradient(static_cast<uint64_t>(p.gradient_strides.channel) * size) {}
+    explicit Factors(const Params& p)
+        : rate(rate_of<wide<T>>(p)),
+          logits_step(static_cast<uint64_t>(p.strides.channel) * sizeof(T)),
+          gradient_step(static_cast<uint64_t>(p.gradient_strides.channel) * sizeof(T)) {}
 };
 template <class T>
 __device__ T* step(T* first, int c, uint64_t bytes) {
@@ -144,10 +148,12 @@ class Classes {
         }
         __syncthreads();
         inside_count_ = 0;
+#pragma unroll 1
         for (int word = 0; word < count; ++word) inside_count_ += __popc(words[word]);
         outside_count_ = classes - inside_count_;
         int before = 0;  // tagged ones in the words before c's
         for (int c = thread, word = 0; c < classes; c += threads) {
+#pragma unroll 1
             for (; word < c / 32; ++word) before += __popc(words[word]);
             const int tagged = before + __popc(words[word] & ((1u << lane) - 1));
             const bool inside = (words[word] >> lane & 1) != 0;
@@ -420,9 +426,9 @@ struct Slopes {
 
     __device__ W of_outside(W score, W rate) const { return power((score - best) * rate) * outside; }
     __device__ W of_inside(W score, W rate) const { return power((smallest - score) * rate) * inside; }
-    // Where a prior or threshold chooses.
-    __device__ W of_selected(const Params& p, int c, int winner, W score, W rate) const {
-        if (relevance_of(p, c, winner, score) >= cutoff) return of_inside(score, rate);
+    // Where a prior or threshold chooses: the gradient of a tagged class, if it was chosen.
+    __device__ W if_selected(const Params& p, int c, int winner, W score, W gradient) const {
+        if (relevance_of(p, c, winner, score) >= cutoff) return gradient;
         return outside != outside ? outside : W{0};  // NaN for all classes of a pixel with NaN
     }
 };
