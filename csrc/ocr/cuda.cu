@@ -27,7 +27,7 @@ enum class Kind { kDirect, kStaged, kResized };
 // Blocks of kThreads on a multiprocessor, at least: 1280 pixels with eight reads each under way at once.
 template <class T, Kind kKind, bool kSelective>
 constexpr int kBlocks = sizeof(T) == 8                          ? 1
-                        : kSelective || kKind == Kind::kResized ? 3
+                        : kSelective || kKind == Kind::kResized ? 2
                                                                 : 5;
 
 template <class T, Kind kKind, bool kSelective>
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kKind, kSelective>)
     WSSS_DYNAMIC_SHARED(unsigned char, shared);
     const uint32_t image = part.image(), end = part.end();
     const int count = static_cast<int>(p.classes);
-    const Stage<W> stage(shared, count);
+    const Stage<W> stage(shared, part.classes);
     const Classes classes(p.tags + image * p.classes, count, kKind == Kind::kStaged ? stage.end() : shared);
     const T* const logits = static_cast<const T*>(p.logits) + image * p.strides.image;
     const W rate = factors.rate;
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kKind, kSelective>)
         const Place place = part.place(pixel);
         const int64_t offset = offset_of(p.strides, place);
         const bool exists = pixel < end;
-        if constexpr (kKind == Kind::kStaged) stage.load(logits, offset, end - first, part.classes);
+        if constexpr (kKind == Kind::kStaged) stage.load(logits, offset, end - first, factors.logits_run);
         PixelLoss<W> result;
         if (exists && classes.any_inside() && !(p.ignore != nullptr && p.ignore[at])) {
             const auto find = [&](const auto& source) {
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kKind, kSelective>)
     WSSS_DYNAMIC_SHARED(unsigned char, shared);
     const uint32_t image = part.image(), end = part.end();
     const int count = static_cast<int>(p.classes);
-    const Stage<W> stage(shared, count);
+    const Stage<W> stage(shared, part.classes);
     const Classes classes(p.tags + image * p.classes, count, kStaged ? stage.end() : shared);
     const T* const logits = static_cast<const T*>(p.logits) + image * p.strides.image;
     T* const gradient = static_cast<T*>(p.gradient) + image * p.gradient_strides.image;
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kKind, kSelective>)
         const int winner = exists ? p.winner[at] : -1;
         const bool wanted = winner >= 0;
         if constexpr (kStaged) {
-            if (__syncthreads_or(wanted)) stage.load(logits, offset, end - first, part.classes);
+            if (__syncthreads_or(wanted)) stage.load(logits, offset, end - first, factors.logits_run);
         }
         const auto write = [&](int c, W value) {
             if constexpr (kStaged) {
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kKind, kSelective>)
         } else {
             for (int c = 0; c < count; ++c) write(c, W{0});
         }
-        if constexpr (kStaged) stage.store(gradient, to, end - first, part.classes);
+        if constexpr (kStaged) stage.store(gradient, to, end - first, factors.gradient_run);
     }
 }
 

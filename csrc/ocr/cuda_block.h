@@ -1,8 +1,11 @@
 // What a block of threads shares on CUDA: its pixels, their scores in shared memory, its sums.
 #pragma once
 
+#include <type_traits>
+
 #include "launch.h"
 #include "ocr/math.h"
+#include "packed.h"
 
 namespace wsss::ocr {
 namespace {
@@ -46,8 +49,14 @@ struct Part {
     }
 };
 
+// Whether the numbers of an image lie as one run, pixel by pixel.
+inline bool is_run(const Params& p, const Strides& strides) {
+    return strides.channel == 1 && strides.x == p.classes && strides.y == p.width * p.classes;
+}
+
 // The scores of a pixel for each thread, from a tensor where a pixel's classes lie side by side: neighbouring
-// threads copy neighbouring classes. The pitch is odd: threads then find their pixels in different banks.
+// threads copy neighbouring classes, 16 bytes each where the pixels are one run. The pitch is odd: threads
+// then find their pixels in different banks.
 template <class W>
 class Stage {
   public:
@@ -55,46 +64,102 @@ class Stage {
         return static_cast<size_t>(threads) *
                (sizeof(int64_t) + sizeof(W) * static_cast<size_t>(classes | 1));
     }
-    __device__ Stage(unsigned char* shared, int classes)
+    __device__ Stage(unsigned char* shared, const Divisor& classes)
         : offsets_(reinterpret_cast<int64_t*>(shared)),
           numbers_(reinterpret_cast<W*>(offsets_ + blockDim.x)),
-          classes_(static_cast<uint32_t>(classes)),
-          pitch_(classes_ | 1) {}
+          classes_(classes),
+          pitch_(classes.divisor() | 1) {}
 
     __device__ W* own() const { return numbers_ + threadIdx.x * pitch_; }
     __device__ void* end() const { return numbers_ + blockDim.x * pitch_; }
 
     // All threads call these; offset: of the thread's pixel; count: of pixels, perhaps more than threads.
     template <class T>
-    __device__ void load(const T* tensor, int64_t offset, uint32_t count, const Divisor& classes) const {
-        share_offsets(offset);
-        const uint32_t numbers = min(count, blockDim.x) * classes_;
-        for (uint32_t i = threadIdx.x; i < numbers; i += blockDim.x) {
-            const uint32_t pixel = classes.quotient(i), c = classes.remainder(i, pixel);
-            numbers_[pixel * pitch_ + c] = static_cast<W>(tensor[offsets_[pixel] + c]);
-        }
-        __syncthreads();
+    __device__ void load(const T* tensor, int64_t offset, uint32_t count, bool run) const {
+        copy(tensor, offset, count, run, [&](auto size, const T* from, uint32_t i) {
+            constexpr int kCount = decltype(size)::value;
+            wide<T> numbers[kCount];
+            widen(wsss::load<T, kCount>(from), numbers);
+            put(numbers, i);
+        });
     }
     template <class T>
-    __device__ void store(T* tensor, int64_t offset, uint32_t count, const Divisor& classes) const {
-        share_offsets(offset);
-        const uint32_t numbers = min(count, blockDim.x) * classes_;
-        for (uint32_t i = threadIdx.x; i < numbers; i += blockDim.x) {
-            const uint32_t pixel = classes.quotient(i), c = classes.remainder(i, pixel);
-            tensor[offsets_[pixel] + c] = static_cast<T>(numbers_[pixel * pitch_ + c]);
+    __device__ void store(T* tensor, int64_t offset, uint32_t count, bool run) const {
+        copy(tensor, offset, count, run, [&](auto size, T* to, uint32_t i) {
+            constexpr int kCount = decltype(size)::value;
+            wide<T> numbers[kCount];
+            take(numbers, i);
+            wsss::store(to, narrow<T, kCount>(numbers));
+        });
+    }
+
+  private:
+    // move(how many, where in the tensor, which of the block's numbers), for all numbers of the block.
+    template <class T, class Move>
+    __device__ void copy(T* tensor, int64_t offset, uint32_t count, bool run, const Move& move) const {
+        constexpr uint32_t kPack = 16 / sizeof(T);
+        using One = std::integral_constant<int, 1>;
+        const uint32_t numbers = min(count, blockDim.x) * classes_.divisor();
+        __syncthreads();
+        if (run) {
+            T* const first = tensor + offset - threadIdx.x * classes_.divisor();
+            const bool aligned = reinterpret_cast<uintptr_t>(first) % 16 == 0;
+            const uint32_t packed = aligned ? numbers / kPack * kPack : 0;
+            for (uint32_t i = threadIdx.x * kPack; i < packed; i += blockDim.x * kPack) {
+                move(std::integral_constant<int, kPack>(), first + i, i);
+            }
+            for (uint32_t i = packed + threadIdx.x; i < numbers; i += blockDim.x) move(One(), first + i, i);
+        } else {
+            offsets_[threadIdx.x] = offset;
+            __syncthreads();
+            for (uint32_t i = threadIdx.x; i < numbers; i += blockDim.x) {
+                const uint32_t pixel = classes_.quotient(i);
+                move(One(), tensor + offsets_[pixel] + classes_.remainder(i, pixel), i);
+            }
         }
         __syncthreads();
     }
 
-  private:
-    __device__ void share_offsets(int64_t offset) const {
-        __syncthreads();
-        offsets_[threadIdx.x] = offset;
-        __syncthreads();
+    // Numbers i and after it, from here and back. They are side by side here too, if the classes are odd.
+    __device__ bool is_dense() const { return pitch_ == classes_.divisor(); }
+    __device__ W& number(uint32_t i) const { return numbers_[is_dense() ? i : i + classes_.quotient(i)]; }
+    template <int kCount>
+    __device__ void put(const W (&numbers)[kCount], uint32_t i) const {
+        constexpr int kPart = kCount > 1 ? 16 / sizeof(W) : 1;
+        if (is_dense()) {
+#pragma unroll
+            for (int k = 0; k < kCount; k += kPart) {
+                W part[kPart];
+#pragma unroll
+                for (int j = 0; j < kPart; ++j) part[j] = numbers[k + j];
+                wsss::store(numbers_ + i + k, narrow<W, kPart>(part));
+            }
+        } else {
+#pragma unroll
+            for (int k = 0; k < kCount; ++k) number(i + k) = numbers[k];
+        }
     }
+    template <int kCount>
+    __device__ void take(W (&numbers)[kCount], uint32_t i) const {
+        constexpr int kPart = kCount > 1 ? 16 / sizeof(W) : 1;
+        if (is_dense()) {
+#pragma unroll
+            for (int k = 0; k < kCount; k += kPart) {
+                W part[kPart];
+                widen(wsss::load<W, kPart>(numbers_ + i + k), part);
+#pragma unroll
+                for (int j = 0; j < kPart; ++j) numbers[k + j] = part[j];
+            }
+        } else {
+#pragma unroll
+            for (int k = 0; k < kCount; ++k) numbers[k] = number(i + k);
+        }
+    }
+
     int64_t* offsets_;
     W* numbers_;
-    uint32_t classes_, pitch_;
+    Divisor classes_;
+    uint32_t pitch_;
 };
 
 struct BlockSum {

@@ -54,18 +54,21 @@ __device__ W larger_or_nan(W x, W y) {
     return y > x || y != y ? y : x;
 }
 
-// What is computed before the launch: the rate of powers, and the steps from one class's number to the next
-// one's. These in bytes: the address of a class is then a multiplication of 32 by 64 bits, two instructions,
-// without two more for the size of a number.
+// What is computed before the launch: the rate of powers, whether a Stage copies runs, and the steps from one
+// class's number to the next one's. These in bytes: the address of a class is then a multiplication of 32 by
+// 64 bits, two instructions, without two more for the size of a number.
 template <class T>
 struct Factors {
     wide<T> rate;
     uint64_t logits_step, gradient_step;
+    bool logits_run, gradient_run;
 
     explicit Factors(const Params& p)
         : rate(rate_of<wide<T>>(p)),
           logits_step(static_cast<uint64_t>(p.strides.channel) * sizeof(T)),
-          gradient_step(static_cast<uint64_t>(p.gradient_strides.channel) * sizeof(T)) {}
+          gradient_step(static_cast<uint64_t>(p.gradient_strides.channel) * sizeof(T)),
+          logits_run(is_run(p, p.strides)),
+          gradient_run(is_run(p, p.gradient_strides)) {}
 };
 template <class T>
 __device__ T* step(T* first, int c, uint64_t bytes) {
