@@ -26,9 +26,10 @@ enum class Kind { kDirect, kStaged, kResized };
 
 // Blocks of kThreads on a multiprocessor, at least: 1280 pixels with eight reads each under way at once.
 template <class T, Kind kKind, bool kSelective>
-constexpr int kBlocks = sizeof(T) == 8                          ? 1
-                        : kSelective || kKind == Kind::kResized ? 2
-                                                                : 5;
+constexpr int kBlocks = sizeof(T) == 8            ? 1
+                        : kKind == Kind::kResized ? (kSelective ? 2 : 4)
+                        : kSelective              ? 4
+                                                  : 5;
 
 template <class T, Kind kKind, bool kSelective>
 __global__ void __launch_bounds__(kThreads, kBlocks<T, kKind, kSelective>)

@@ -76,84 +76,94 @@ class Stage {
     // All threads call these; offset: of the thread's pixel; count: of pixels, perhaps more than threads.
     template <class T>
     __device__ void load(const T* tensor, int64_t offset, uint32_t count, bool run) const {
-        copy(tensor, offset, count, run, [&](auto size, const T* from, uint32_t i) {
-            constexpr int kCount = decltype(size)::value;
-            wide<T> numbers[kCount];
-            widen(wsss::load<T, kCount>(from), numbers);
-            put(numbers, i);
-        });
+        copy<Load>(tensor, offset, count, run);
     }
     template <class T>
     __device__ void store(T* tensor, int64_t offset, uint32_t count, bool run) const {
-        copy(tensor, offset, count, run, [&](auto size, T* to, uint32_t i) {
-            constexpr int kCount = decltype(size)::value;
-            wide<T> numbers[kCount];
-            take(numbers, i);
-            wsss::store(to, narrow<T, kCount>(numbers));
-        });
+        copy<Store>(tensor, offset, count, run);
     }
 
   private:
-    // move(how many, where in the tensor, which of the block's numbers), for all numbers of the block.
-    template <class T, class Move>
-    __device__ void copy(T* tensor, int64_t offset, uint32_t count, bool run, const Move& move) const {
-        constexpr uint32_t kPack = 16 / sizeof(T);
-        using One = std::integral_constant<int, 1>;
-        const uint32_t numbers = min(count, blockDim.x) * classes_.divisor();
-        __syncthreads();
-        if (run) {
-            T* const first = tensor + offset - threadIdx.x * classes_.divisor();
-            const bool aligned = reinterpret_cast<uintptr_t>(first) % 16 == 0;
-            const uint32_t packed = aligned ? numbers / kPack * kPack : 0;
-            for (uint32_t i = threadIdx.x * kPack; i < packed; i += blockDim.x * kPack) {
-                move(std::integral_constant<int, kPack>(), first + i, i);
+    // Of `numbers` in a row of the tensor, kCount side by side here too: at here(i) number i. Reads are under
+    // way kAhead at once.
+    struct Load {
+        static constexpr int kAhead = 4;
+        template <int kCount, class T, class Here>
+        __device__ static void move(const T* tensor, uint32_t numbers, const Here& here) {
+            const uint32_t step = blockDim.x * kCount;
+            for (uint32_t first = threadIdx.x * kCount; first < numbers; first += kAhead * step) {
+                Packed<T, kCount> packed[kAhead];
+#pragma unroll
+                for (int k = 0; k < kAhead; ++k) {
+                    const uint32_t i = first + k * step;
+                    packed[k] = load_if<T, kCount>(i < numbers, tensor + i);
+                }
+#pragma unroll
+                for (int k = 0; k < kAhead; ++k) {
+                    const uint32_t i = first + k * step;
+                    if (i < numbers) put(packed[k], here(i));
+                }
             }
-            for (uint32_t i = packed + threadIdx.x; i < numbers; i += blockDim.x) move(One(), first + i, i);
-        } else {
+        }
+    };
+    struct Store {
+        template <int kCount, class T, class Here>
+        __device__ static void move(T* tensor, uint32_t numbers, const Here& here) {
+            for (uint32_t i = threadIdx.x * kCount; i < numbers; i += blockDim.x * kCount) {
+                wsss::store(tensor + i, take<T, kCount>(here(i)));
+            }
+        }
+    };
+
+    // As wide numbers to shared memory, and from there.
+    template <class T, int kCount>
+    __device__ static void put(const Packed<T, kCount>& packed, W* here) {
+        constexpr int kPart = kCount > 1 ? 16 / sizeof(W) : 1;
+        W numbers[kCount / kPart][kPart];
+        widen(packed, reinterpret_cast<W(&)[kCount]>(numbers));
+#pragma unroll
+        for (int i = 0; i < kCount / kPart; ++i) wsss::store(here + i * kPart, narrow<W, kPart>(numbers[i]));
+    }
+    template <class T, int kCount>
+    __device__ static Packed<T, kCount> take(const W* here) {
+        constexpr int kPart = kCount > 1 ? 16 / sizeof(W) : 1;
+        W numbers[kCount / kPart][kPart];
+#pragma unroll
+        for (int i = 0; i < kCount / kPart; ++i) widen(wsss::load<W, kPart>(here + i * kPart), numbers[i]);
+        return narrow<T, kCount>(reinterpret_cast<const W(&)[kCount]>(numbers));
+    }
+
+    template <class Move, class T>
+    __device__ void copy(T* tensor, int64_t offset, uint32_t count, bool run) const {
+        const uint32_t numbers = min(count, blockDim.x) * classes_.divisor();
+        const uint32_t padding = pitch_ - classes_.divisor();
+        __syncthreads();
+        if (!run) {
             offsets_[threadIdx.x] = offset;
             __syncthreads();
             for (uint32_t i = threadIdx.x; i < numbers; i += blockDim.x) {
-                const uint32_t pixel = classes_.quotient(i);
-                move(One(), tensor + offsets_[pixel] + classes_.remainder(i, pixel), i);
+                const uint32_t pixel = classes_.quotient(i), c = classes_.remainder(i, pixel);
+                one(Move(), tensor + offsets_[pixel] + c, numbers_ + pixel * pitch_ + c);
             }
+        } else {
+            constexpr uint32_t kPack = 16 / sizeof(T);
+            T* const first = tensor + offset - threadIdx.x * classes_.divisor();
+            const bool aligned = padding == 0 && reinterpret_cast<uintptr_t>(first) % 16 == 0;
+            const uint32_t packed = aligned ? numbers / kPack * kPack : 0;
+            Move::template move<kPack>(first, packed, [&](uint32_t i) { return numbers_ + i; });
+            Move::template move<1>(first + packed, numbers - packed, [&](uint32_t i) {
+                return numbers_ + packed + i + (padding > 0 ? classes_.quotient(i) : 0);
+            });
         }
         __syncthreads();
     }
-
-    // Numbers i and after it, from here and back. They are side by side here too, if the classes are odd.
-    __device__ bool is_dense() const { return pitch_ == classes_.divisor(); }
-    __device__ W& number(uint32_t i) const { return numbers_[is_dense() ? i : i + classes_.quotient(i)]; }
-    template <int kCount>
-    __device__ void put(const W (&numbers)[kCount], uint32_t i) const {
-        constexpr int kPart = kCount > 1 ? 16 / sizeof(W) : 1;
-        if (is_dense()) {
-#pragma unroll
-            for (int k = 0; k < kCount; k += kPart) {
-                W part[kPart];
-#pragma unroll
-                for (int j = 0; j < kPart; ++j) part[j] = numbers[k + j];
-                wsss::store(numbers_ + i + k, narrow<W, kPart>(part));
-            }
-        } else {
-#pragma unroll
-            for (int k = 0; k < kCount; ++k) number(i + k) = numbers[k];
-        }
+    template <class T>
+    __device__ static void one(Load, const T* tensor, W* here) {
+        *here = static_cast<W>(*tensor);
     }
-    template <int kCount>
-    __device__ void take(W (&numbers)[kCount], uint32_t i) const {
-        constexpr int kPart = kCount > 1 ? 16 / sizeof(W) : 1;
-        if (is_dense()) {
-#pragma unroll
-            for (int k = 0; k < kCount; k += kPart) {
-                W part[kPart];
-                widen(wsss::load<W, kPart>(numbers_ + i + k), part);
-#pragma unroll
-                for (int j = 0; j < kPart; ++j) numbers[k + j] = part[j];
-            }
-        } else {
-#pragma unroll
-            for (int k = 0; k < kCount; ++k) numbers[k] = number(i + k);
-        }
+    template <class T>
+    __device__ static void one(Store, T* tensor, const W* here) {
+        *tensor = static_cast<T>(*here);
     }
 
     int64_t* offsets_;
