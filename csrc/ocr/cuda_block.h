@@ -73,97 +73,116 @@ class Stage {
     __device__ W* own() const { return numbers_ + threadIdx.x * pitch_; }
     __device__ void* end() const { return numbers_ + blockDim.x * pitch_; }
 
-    // All threads call these; offset: of the thread's pixel; count: of pixels, perhaps more than threads.
+    // All threads call these; offset: of the thread's pixel; count: of pixels, perhaps more than threads;
+    // run: whether is_run.
     template <class T>
     __device__ void load(const T* tensor, int64_t offset, uint32_t count, bool run) const {
-        copy<Load>(tensor, offset, count, run);
+        copy<true>(tensor, offset, count, run);
     }
     template <class T>
     __device__ void store(T* tensor, int64_t offset, uint32_t count, bool run) const {
-        copy<Store>(tensor, offset, count, run);
+        copy<false>(tensor, offset, count, run);
     }
 
   private:
-    // Of `numbers` in a row of the tensor, kCount side by side here too: at here(i) number i. Reads are under
-    // way kAhead at once.
-    struct Load {
-        static constexpr int kAhead = 4;
-        template <int kCount, class T, class Here>
-        __device__ static void move(const T* tensor, uint32_t numbers, const Here& here) {
-            const uint32_t step = blockDim.x * kCount;
-            for (uint32_t first = threadIdx.x * kCount; first < numbers; first += kAhead * step) {
-                Packed<T, kCount> packed[kAhead];
-#pragma unroll
-                for (int k = 0; k < kAhead; ++k) {
-                    const uint32_t i = first + k * step;
-                    packed[k] = load_if<T, kCount>(i < numbers, tensor + i);
-                }
-#pragma unroll
-                for (int k = 0; k < kAhead; ++k) {
-                    const uint32_t i = first + k * step;
-                    if (i < numbers) put(packed[k], here(i));
-                }
-            }
-        }
-    };
-    struct Store {
-        template <int kCount, class T, class Here>
-        __device__ static void move(T* tensor, uint32_t numbers, const Here& here) {
-            for (uint32_t i = threadIdx.x * kCount; i < numbers; i += blockDim.x * kCount) {
-                wsss::store(tensor + i, take<T, kCount>(here(i)));
-            }
-        }
-    };
-
-    // As wide numbers to shared memory, and from there.
-    template <class T, int kCount>
-    __device__ static void put(const Packed<T, kCount>& packed, W* here) {
-        constexpr int kPart = kCount > 1 ? 16 / sizeof(W) : 1;
-        W numbers[kCount / kPart][kPart];
-        widen(packed, reinterpret_cast<W(&)[kCount]>(numbers));
-#pragma unroll
-        for (int i = 0; i < kCount / kPart; ++i) wsss::store(here + i * kPart, narrow<W, kPart>(numbers[i]));
-    }
-    template <class T, int kCount>
-    __device__ static Packed<T, kCount> take(const W* here) {
-        constexpr int kPart = kCount > 1 ? 16 / sizeof(W) : 1;
-        W numbers[kCount / kPart][kPart];
-#pragma unroll
-        for (int i = 0; i < kCount / kPart; ++i) widen(wsss::load<W, kPart>(here + i * kPart), numbers[i]);
-        return narrow<T, kCount>(reinterpret_cast<const W(&)[kCount]>(numbers));
-    }
-
-    template <class Move, class T>
+    template <bool kLoad, class T>
     __device__ void copy(T* tensor, int64_t offset, uint32_t count, bool run) const {
         const uint32_t numbers = min(count, blockDim.x) * classes_.divisor();
-        const uint32_t padding = pitch_ - classes_.divisor();
         __syncthreads();
-        if (!run) {
+        if (run) {
+            constexpr uint32_t kPack = 16 / sizeof(T);
+            T* const first = tensor + offset - threadIdx.x * classes_.divisor();
+            const bool aligned = reinterpret_cast<uintptr_t>(first) % 16 == 0;
+            const uint32_t packed = aligned ? numbers / kPack * kPack : 0;
+            if constexpr (kLoad) {
+                read<kPack>(first, 0, packed);
+                read<1>(first, packed, numbers);
+            } else {
+                write<kPack>(first, 0, packed);
+                write<1>(first, packed, numbers);
+            }
+        } else {
             offsets_[threadIdx.x] = offset;
             __syncthreads();
             for (uint32_t i = threadIdx.x; i < numbers; i += blockDim.x) {
                 const uint32_t pixel = classes_.quotient(i), c = classes_.remainder(i, pixel);
-                one(Move(), tensor + offsets_[pixel] + c, numbers_ + pixel * pitch_ + c);
+                T& there = tensor[offsets_[pixel] + c];
+                W& here = numbers_[pixel * pitch_ + c];
+                if constexpr (kLoad) {
+                    here = static_cast<W>(there);
+                } else {
+                    there = static_cast<T>(here);
+                }
             }
-        } else {
-            constexpr uint32_t kPack = 16 / sizeof(T);
-            T* const first = tensor + offset - threadIdx.x * classes_.divisor();
-            const bool aligned = padding == 0 && reinterpret_cast<uintptr_t>(first) % 16 == 0;
-            const uint32_t packed = aligned ? numbers / kPack * kPack : 0;
-            Move::template move<kPack>(first, packed, [&](uint32_t i) { return numbers_ + i; });
-            Move::template move<1>(first + packed, numbers - packed, [&](uint32_t i) {
-                return numbers_ + packed + i + (padding > 0 ? classes_.quotient(i) : 0);
-            });
         }
         __syncthreads();
     }
-    template <class T>
-    __device__ static void one(Load, const T* tensor, W* here) {
-        *here = static_cast<W>(*tensor);
+
+    // Numbers begin to end of a run, kCount at once, with several reads under way.
+    template <int kCount, class T>
+    __device__ void read(const T* run, uint32_t begin, uint32_t end) const {
+        constexpr int kAhead = 4;
+        const uint32_t step = blockDim.x * kCount;
+        for (uint32_t first = begin + threadIdx.x * kCount; first < end; first += kAhead * step) {
+            Packed<T, kCount> packed[kAhead];
+#pragma unroll
+            for (int k = 0; k < kAhead; ++k) {
+                packed[k] = load_if<T, kCount>(first + k * step < end, run + first + k * step);
+            }
+#pragma unroll
+            for (int k = 0; k < kAhead; ++k) {
+                W numbers[kCount];
+                widen(packed[k], numbers);
+                if (first + k * step < end) put(numbers, first + k * step);
+            }
+        }
     }
-    template <class T>
-    __device__ static void one(Store, T* tensor, const W* here) {
-        *tensor = static_cast<T>(*here);
+    template <int kCount, class T>
+    __device__ void write(T* run, uint32_t begin, uint32_t end) const {
+        for (uint32_t i = begin + threadIdx.x * kCount; i < end; i += blockDim.x * kCount) {
+            W numbers[kCount];
+            take(numbers, i);
+            wsss::store(run + i, narrow<T, kCount>(numbers));
+        }
+    }
+
+    // Numbers of a run from i on, here. They are side by side here too if the classes are odd.
+    __device__ bool is_dense() const { return pitch_ == classes_.divisor(); }
+    __device__ W& number(uint32_t i) const { return numbers_[is_dense() ? i : i + classes_.quotient(i)]; }
+    template <int kCount>
+    static constexpr int kPart = kCount > 1 ? 16 / sizeof(W) : 1;
+
+    template <int kCount>
+    __device__ void put(const W (&numbers)[kCount], uint32_t i) const {
+        constexpr int kSize = kPart<kCount>;
+#pragma unroll
+        for (int k = 0; k < kCount; k += kSize) {
+            W part[kSize];
+#pragma unroll
+            for (int j = 0; j < kSize; ++j) part[j] = numbers[k + j];
+            if (is_dense()) {
+                wsss::store(numbers_ + i + k, narrow<W, kSize>(part));
+            } else {
+#pragma unroll
+                for (int j = 0; j < kSize; ++j) number(i + k + j) = part[j];
+            }
+        }
+    }
+    template <int kCount>
+    __device__ void take(W (&numbers)[kCount], uint32_t i) const {
+        constexpr int kSize = kPart<kCount>;
+#pragma unroll
+        for (int k = 0; k < kCount; k += kSize) {
+            W part[kSize];
+            if (is_dense()) {
+                widen(wsss::load<W, kSize>(numbers_ + i + k), part);
+            } else {
+#pragma unroll
+                for (int j = 0; j < kSize; ++j) part[j] = number(i + k + j);
+            }
+#pragma unroll
+            for (int j = 0; j < kSize; ++j) numbers[k + j] = part[j];
+        }
     }
 
     int64_t* offsets_;
