@@ -27,7 +27,7 @@ enum class Kind { kDirect, kStaged, kResized };
 // Blocks of kThreads on a multiprocessor, at least: 1280 pixels with eight reads each under way at once.
 template <class T, Kind kKind, bool kSelective>
 constexpr int kBlocks = sizeof(T) == 8            ? 1
-                        : kKind == Kind::kResized ? (kSelective ? 2 : 4)
+                        : kKind == Kind::kResized ? (kSelective ? 2 : 3)
                         : kSelective              ? 4
                                                   : 5;
 
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kKind, kSelective>)
         if (exists && classes.any_inside() && !(p.ignore != nullptr && p.ignore[at])) {
             const auto find = [&](const auto& source) {
                 using Source = std::decay_t<decltype(source)>;
-                const Scores<W, Source> scores{classes, source, true, -infinity<W>()};
+                const Scores<W, Source> scores{classes, source};
                 return find_loss<kSelective>(p, scores, rate);
             };
             if constexpr (kKind == Kind::kDirect) {
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, 2) add_parts(Params p, int64_t parts
     *static_cast<W*>(p.total) = static_cast<W>(sum.loss / divisor);
 }
 
-// The gradients of a pixel's scores by write(class, gradient), all zero where they are not wanted.
+// The gradients of a pixel's scores by write(class, gradient).
 template <bool kSelective, class W, class Source, class Write>
 __device__ void write_gradients(const Params& p, const Scores<W, Source>& scores, const Slopes<W>& slopes,
                                 int winner, W rate, const Write& write) {
@@ -147,23 +147,22 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kKind, kSelective>)
             if (__syncthreads_or(wanted)) stage.load(logits, offset, end - first, factors.logits_run);
         }
         const auto write = [&](int c, W value) {
+            const W gradient_or_zero = wanted ? value : W{0};
             if constexpr (kStaged) {
-                stage.own()[c] = value;
+                stage.own()[c] = gradient_or_zero;
             } else {
-                *step(gradient + to, c, factors.gradient_step) = static_cast<T>(value);
+                *step(gradient + to, c, factors.gradient_step) = static_cast<T>(gradient_or_zero);
             }
         };
-        // Zeros of single pixels are written along with their neighbours' gradients, as whole sectors.
+        // Pixels without a gradient go along with their neighbours, for reads and writes of whole sectors.
         const bool any_wanted = __any_sync(0xffffffffu, wanted);
-        if (!kStaged && !exists) continue;
-        if (any_wanted) {
+        if (exists && any_wanted) {
             const auto find = [&](const auto& source) {
-                const Scores<W, std::decay_t<decltype(source)>> scores{classes, source, wanted, 0};
+                const Scores<W, std::decay_t<decltype(source)>> scores{classes, source};
                 const int known = wanted ? winner : 0;
-                const W outside_sum = wanted ? static_cast<const W*>(p.outside_sum)[at] : W{0};
-                const W loss_gradient = wanted ? find_loss_gradient<W>(p, at) : W{0};
                 const Inside<W> in = find_inside<kSelective>(p, scores, known, rate);
-                const Slopes<W> slopes(p, in, scores, known, outside_sum, loss_gradient);
+                const Slopes<W> slopes(p, in, scores, known, static_cast<const W*>(p.outside_sum)[at],
+                                       find_loss_gradient<W>(p, at));
                 write_gradients<kSelective>(p, scores, slopes, known, rate, write);
             };
             if constexpr (kStaged) {
@@ -171,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kKind, kSelective>)
             } else {
                 find(FromMemory<T>{logits + offset, factors.logits_step});
             }
-        } else {
+        } else if (exists) {
             for (int c = 0; c < count; ++c) write(c, W{0});
         }
         if constexpr (kStaged) stage.store(gradient, to, end - first, factors.gradient_run);

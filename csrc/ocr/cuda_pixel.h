@@ -117,7 +117,8 @@ struct Resized {
 };
 
 // Scores of a few classes of one group, whose reads are all under way at once. Those of kWhole classes are
-// all there; a walk's last ones come in batches that may not be full.
+// all there; a walk's last ones come in batches that may not be full, and class 0 takes the other places:
+// read once more, without branches around the reads and their addresses.
 constexpr int kWhole = 8, kRest = 4;
 
 template <class W, int kCount>
@@ -167,15 +168,14 @@ class Classes {
     __device__ bool any_inside() const { return inside_count_ > 0; }
     __device__ int outside(int i) const { return list_[i]; }
 
-    // body(Batch) for all classes of a group. Scores that are not there are `other`; if not `wanted`, none
-    // is.
+    // body(Batch) for all classes of a group.
     template <class W, class Source, class Body>
-    __device__ void each_outside(const Source& source, bool wanted, W other, const Body& body) const {
-        each(list_, outside_count_, source, wanted, other, body);
+    __device__ void each_outside(const Source& source, const Body& body) const {
+        each<W>(list_, outside_count_, source, body);
     }
     template <class W, class Source, class Body>
-    __device__ void each_inside(const Source& source, bool wanted, W other, const Body& body) const {
-        each(list_ + padded(outside_count_), inside_count_, source, wanted, other, body);
+    __device__ void each_inside(const Source& source, const Body& body) const {
+        each<W>(list_ + padded(outside_count_), inside_count_, source, body);
     }
 
   private:
@@ -186,21 +186,19 @@ class Classes {
     WSSS_HOST_DEVICE static int length(int64_t classes) { return static_cast<int>((classes + 6) / 4 * 4); }
 
     template <class W, class Source, class Body>
-    __device__ static void each(const int* list, int count, const Source& source, bool wanted, W other,
-                                const Body& body) {
+    __device__ static void each(const int* list, int count, const Source& source, const Body& body) {
         int first = 0;
 #pragma unroll 1
         for (; first + kWhole <= count; first += kWhole) {
-            body(read<kWhole>(list, first, kWhole, source, wanted, other));
+            body(read<W, kWhole>(list, first, kWhole, source));
         }
 #pragma unroll 1
         for (; first < count; first += kRest) {
-            body(read<kRest>(list, first, count - first, source, wanted, other));
+            body(read<W, kRest>(list, first, count - first, source));
         }
     }
-    template <int kCount, class W, class Source>
-    __device__ static Batch<W, kCount> read(const int* list, int first, int count, const Source& source,
-                                            bool wanted, W other) {
+    template <class W, int kCount, class Source>
+    __device__ static Batch<W, kCount> read(const int* list, int first, int count, const Source& source) {
         Batch<W, kCount> batch;
         batch.first = first;
         batch.count = count;
@@ -212,7 +210,7 @@ class Classes {
         }
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-            batch.scores[i] = wanted && batch.has(i) ? source.get(batch.classes[i]) : other;
+            batch.scores[i] = source.get(batch.classes[i]);
         }
         return batch;
     }
@@ -226,17 +224,15 @@ template <class W, class Source>
 struct Scores {
     const Classes& classes;
     Source source;
-    bool wanted;
-    W other;
 
-    __device__ W at(int c) const { return wanted ? source.get(c) : other; }
+    __device__ W at(int c) const { return source.get(c); }
     template <class Body>
     __device__ void each_outside(const Body& body) const {
-        classes.each_outside(source, wanted, other, body);
+        classes.each_outside<W>(source, body);
     }
     template <class Body>
     __device__ void each_inside(const Body& body) const {
-        classes.each_inside(source, wanted, other, body);
+        classes.each_inside<W>(source, body);
     }
 };
 
@@ -354,10 +350,13 @@ struct Outside {
   private:
     template <class Batch>
     __device__ void add(const Batch& batch, W rate) {  // of the winner the place in the list
-        if (!sum.add(batch.scores, rate)) return;
+        W x[Batch::kSize];
+#pragma unroll
+        for (int i = 0; i < Batch::kSize; ++i) x[i] = batch.has(i) ? batch.scores[i] : -infinity<W>();
+        if (!sum.add(x, rate)) return;
         int place = Batch::kSize - 1;
 #pragma unroll
-        for (int i = Batch::kSize - 2; i >= 0; --i) place = batch.scores[i] == sum.largest ? i : place;
+        for (int i = Batch::kSize - 2; i >= 0; --i) place = x[i] == sum.largest ? i : place;
         winner = batch.first + place;
     }
 };
@@ -375,7 +374,7 @@ __device__ bool is_later(const Scores& scores, int winner, W score) {
     return later;
 }
 
-// Scores that are not there have to be -inf. Reads each score once, those of tagged classes again where a
+// Reads each score once, those of tagged classes again where a
 // prior or threshold chooses among them and where the largest one of them equals the largest one of the
 // others.
 template <bool kSelective, class W, class Scores>
@@ -387,7 +386,7 @@ __device__ PixelLoss<W> find_loss(const Params& p, const Scores& scores, W rate)
     scores.each_inside([&](const auto& batch) {
 #pragma unroll
         for (int i = 0; i < batch.kSize; ++i) {
-            largest = larger_or_nan(largest, batch.scores[i]);
+            largest = larger_or_nan(largest, batch.has(i) ? batch.scores[i] : -infinity<W>());
         }
         if constexpr (!kSelective) in.add(batch, rate, [](int) { return true; });
     });
@@ -406,7 +405,7 @@ __device__ PixelLoss<W> find_loss(const Params& p, const Scores& scores, W rate)
     return result;
 }
 
-// What the gradient of an out-of-candidate pixel's scores is made of; all 0 where the scores are not wanted.
+// What the gradient of an out-of-candidate pixel's scores is made of.
 template <class W>
 struct Slopes {
     W best, smallest, cutoff;
@@ -422,8 +421,8 @@ struct Slopes {
         const Ranking<W> ranking(p, best, outside_sum, in.sum);
         const W slope =
             slope_of(ranking.both, ranking.gap, ranking.fade) * static_cast<W>(p.scale) * loss_gradient;
-        outside = scores.wanted ? in.sum.total() * slope : W{0};
-        inside = scores.wanted ? -outside_sum * slope : W{0};
+        outside = in.sum.total() * slope;
+        inside = -outside_sum * slope;
     }
     Slopes() = default;
 

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         const int winner = p.winner[at];
         if (winner < 0) continue;
         const Resized<T> source(logits, p.strides, axes, part.place(pixel), factors.logits_step);
-        const Scores<W, Resized<T>> scores{classes, source, true, 0};
+        const Scores<W, Resized<T>> scores{classes, source};
         const Inside<W> in = find_inside<kSelective>(p, scores, winner, rate);
         const Slopes<W> slopes(p, in, scores, winner, static_cast<const W*>(p.outside_sum)[at],
                                find_loss_gradient<W>(p, at));
