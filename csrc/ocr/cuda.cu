@@ -135,6 +135,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kKind, kSelective>)
     const T* const logits = static_cast<const T*>(p.logits) + image * p.strides.image;
     T* const gradient = static_cast<T*>(p.gradient) + image * p.gradient_strides.image;
     const W rate = factors.rate;
+    const LossGradient<W> loss_gradient(p);
     for (uint32_t first = part.first(); first < end; first += blockDim.x) {
         const uint32_t pixel = first + threadIdx.x;
         const int64_t at = static_cast<int64_t>(image) * part.pixels + pixel;
@@ -162,7 +163,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kKind, kSelective>)
                 const int known = wanted ? winner : 0;
                 const Inside<W> in = find_inside<kSelective>(p, scores, known, rate);
                 const Slopes<W> slopes(p, in, scores, known, static_cast<const W*>(p.outside_sum)[at],
-                                       find_loss_gradient<W>(p, at));
+                                       loss_gradient.at(at));
                 write_gradients<kSelective>(p, scores, slopes, known, rate, write);
             };
             if constexpr (kStaged) {

@@ -435,12 +435,19 @@ struct Slopes {
     }
 };
 
+// Of the pixels' losses: one for each, or one of all.
 template <class W>
-__device__ W find_loss_gradient(const Params& p, int64_t at) {
-    const auto* gradient = static_cast<const W*>(p.loss_gradient);
-    if (p.gradient_per_pixel) return gradient[at];
-    return p.mean ? *gradient / static_cast<W>(*p.count) : *gradient;
-}
+struct LossGradient {
+    const W* each;  // or null
+    W all = 0;
+
+    __device__ explicit LossGradient(const Params& p) : each(static_cast<const W*>(p.loss_gradient)) {
+        if (p.gradient_per_pixel) return;
+        all = p.mean ? *each / static_cast<W>(*p.count) : *each;
+        each = nullptr;
+    }
+    __device__ W at(int64_t pixel) const { return each != nullptr ? each[pixel] : all; }
+};
 
 }  // namespace
 }  // namespace wsss::ocr

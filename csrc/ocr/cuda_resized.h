@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Classes classes(p.tags + image * p.classes, static_cast<int>(p.classes), shared);
     const T* const logits = static_cast<const T*>(p.logits) + image * p.strides.image;
     const W rate = factors.rate;
+    const LossGradient<W> loss_gradient(p);
     for (uint32_t pixel = part.first() + threadIdx.x; pixel < part.end(); pixel += blockDim.x) {
         const int64_t at = static_cast<int64_t>(image) * part.pixels + pixel;
         const int winner = p.winner[at];
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         const Scores<W, Resized<T>> scores{classes, source};
         const Inside<W> in = find_inside<kSelective>(p, scores, winner, rate);
         const Slopes<W> slopes(p, in, scores, winner, static_cast<const W*>(p.outside_sum)[at],
-                               find_loss_gradient<W>(p, at));
+                               loss_gradient.at(at));
         save<kSelective>(statistics, pixels, at, slopes);
     }
 }
