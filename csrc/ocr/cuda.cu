@@ -2,17 +2,31 @@
 //
 // Shapes: O1 is N16 C21 512x512 fp32, 352 MB of logits; O2 has 81 classes and 1.36 GB. The floor is three
 // passes over the logits at the speed of a copy; what is kept for the backward, 6 bytes a pixel written and
-// read, adds 5 % (O1) or 1 % (O2). Arithmetic stays below it: about 15 instructions and one exponential for
-// each number and direction, a third of what an H200 does in that time. Nothing here has been timed on a
-// GPU yet.
+// read, adds 5 % (O1) or 1 % (O2). Nothing here has been timed on a GPU yet.
+//
+// What an H200 can issue is the other bound: 1770 instructions a pixel for O1 and 6860 for O2, both
+// directions together, in the time of a copy at 85 %. Counted in sm_90 code, neither prior nor threshold: 12
+// for each class in the forward; in the backward 13, and 10 to 13 more for a tagged one, which is read twice
+// (bf16: 13, 16 and 11 to 14). With three classes tagged that is about 1050 a pixel for O1, a third of them
+// whatever the number of classes, and 2600 for O2. bf16, with half the bytes and half the time, takes 85 % of
+// it for O2, but for O1 130 %: that one is bound by issue.
+//
+// What led there, in instructions a class (forward, backward of one that is not tagged), fp32:
+//   43, 43   a list for each group, expf, and for each class a choice whether it is the largest; for up to 24
+//            classes scores in registers and 3200 and 3500 instructions of code for a pixel
+//   14, 25   batches of eight: their largest first, then one rescaling of the sum; NaN told by the largest;
+//            powers of 2 instead of expf; four places of a list in one read
+//   12, 15   steps in bytes, computed before the launch; no branch around a write
+//   12, 13   no branch around a read and its address
 //
 // NCHW: neighbouring threads are neighbouring pixels, so each class is one coalesced read. channels_last: a
-// block copies its pixels to shared memory, neighbouring threads reading neighbouring classes, and back
-// (Stage). Up to 24 classes a thread holds its scores in registers, all reads in flight at once; beyond, it
-// streams them in batches of eight past a running sum (FewClasses, ManyClasses), so that neither kind needs a
-// stack or reads a score twice in the forward, unless a prior or threshold chooses among the tagged classes.
-// Threads of pixels that are no candidates read nothing in the backward. Sums go over fixed parts of 512
-// pixels: they are the same in every run.
+// block copies its pixels to shared memory and back, 16 bytes a thread, neighbouring threads reading
+// neighbouring classes (Stage): 3 instructions for each number and copy, 10 for an even number of classes, 22
+// where the pixels are not one run. Classes are read in batches of eight of one group, all reads of a batch
+// under way at once (Classes): few registers, so that many threads wait together, and neither a stack nor a
+// second read of a score in the forward, unless a prior or threshold chooses among the tagged classes. Warps
+// without an out-of-candidate pixel read nothing in the backward. Sums go over fixed parts of 512 pixels:
+// they are the same in every run.
 #include <type_traits>
 
 #include "ocr/cuda_pixel.h"
@@ -24,7 +38,8 @@ namespace {
 
 enum class Kind { kDirect, kStaged, kResized };
 
-// Blocks of kThreads on a multiprocessor, at least: 1280 pixels with eight reads each under way at once.
+// Blocks of kThreads on a multiprocessor, at least: with 5, eight reads each of 1280 pixels are under way. As
+// many as no kernel spills registers for.
 template <class T, Kind kKind, bool kSelective>
 constexpr int kBlocks = sizeof(T) == 8            ? 1
                         : kKind == Kind::kResized ? (kSelective ? 2 : 3)
@@ -50,7 +65,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kKind, kSelective>)
         const Place place = part.place(pixel);
         const int64_t offset = offset_of(p.strides, place);
         const bool exists = pixel < end;
-        if constexpr (kKind == Kind::kStaged) stage.load(logits, offset, end - first, factors.logits_run);
+        if constexpr (kKind == Kind::kStaged) {
+            if (classes.any_inside()) stage.load(logits, offset, end - first, factors.logits_run);
+        }
         PixelLoss<W> result;
         if (exists && classes.any_inside() && !(p.ignore != nullptr && p.ignore[at])) {
             const auto find = [&](const auto& source) {

@@ -14,8 +14,8 @@ __device__ inline float log_plus_one(float x) { return log1pf(x); }
 __device__ inline double log_plus_one(double x) { return log1p(x); }
 
 // exp(difference * scale) for each class, as power(difference * rate): for float32 one multiplication and one
-// instruction for 2 to a power, where expf takes eight. A difference x of scaled scores is then wrong by 1 to
-// 2 units of its last place, and the term by |x| exp(x) times that: at most 5e-8 of a sum that is at least 1.
+// instruction for 2 to a power, where expf takes eight. Subtraction and two multiplications leave an exponent
+// x wrong by 2^-23 |x|, and exp(x) by 2^-23 |x| exp(x): at most 5e-8, beside sums that are at least 1.
 // Results below 2^-126 become 0.
 template <class W>
 W rate_of(const Params& p) {
@@ -209,9 +209,7 @@ class Classes {
             for (int j = 0; j < 4; ++j) batch.classes[i + j] = four.classes[j];
         }
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-            batch.scores[i] = source.get(batch.classes[i]);
-        }
+        for (int i = 0; i < kCount; ++i) batch.scores[i] = source.get(batch.classes[i]);
         return batch;
     }
 
@@ -255,7 +253,7 @@ struct RunningSum {
     __device__ W total() const { return sum == infinity<W>() ? W{1} : sum; }
 
   private:
-    // inf - inf would be NaN; with this, an infinite sum says that a number was.
+    // inf - inf would be NaN: with this, the sum is infinite where a number is, and 1 in total().
     __device__ static W finite(W x) { return min(x, -lowest<W>()); }
 };
 
@@ -374,9 +372,8 @@ __device__ bool is_later(const Scores& scores, int winner, W score) {
     return later;
 }
 
-// Reads each score once, those of tagged classes again where a
-// prior or threshold chooses among them and where the largest one of them equals the largest one of the
-// others.
+// Reads each score once, those of tagged classes again where a prior or threshold chooses among them and
+// where the largest one of them equals the largest one of the others.
 template <bool kSelective, class W, class Scores>
 __device__ PixelLoss<W> find_loss(const Params& p, const Scores& scores, W rate) {
     const Outside<W> out(scores, rate);
