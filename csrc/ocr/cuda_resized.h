@@ -5,8 +5,9 @@
 // O3, N16 C21 64x64 -> 512x512: 4.2 million pixels, 16 bytes of statistics each (20 with a prior or
 // threshold), written once and read by a third of the blocks; the resized logits (352 MB) exist in registers
 // alone. Counted in sm_90 code, fp32: 29 instructions for each class of a pixel in the forward, 17 of them to
-// resize, 31 for a tagged one in find_statistics and 17 for each in find_shares (before: 70, 60 and 61). A
-// thread per number of the logits that gathers its pixels would compute each gradient four times.
+// resize; 25 to 30 for a tagged one in find_statistics and 17 for each in find_shares (before: 68, 80 and 61,
+// a few of them jumped over). A thread per number of the logits that gathers its pixels would compute each
+// gradient four times.
 #pragma once
 
 #include "ocr/cuda_pixel.h"
