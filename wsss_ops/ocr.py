@@ -20,7 +20,7 @@ from ._checks import FLOATS, INTEGERS, check_device, check_number, check_pair, c
 from ._layout import empty_like_format, is_channels_last
 from ._library import register
 
-_MOST_CLASSES = 2**14  # whose numbers fit 16 bits, and two lists of them the shared memory of every GPU
+_MOST_CLASSES = 2**14  # whose numbers fit 16 bits, and a list of them in 32 the shared memory of every GPU
 
 
 @overload

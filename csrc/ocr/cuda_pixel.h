@@ -1,6 +1,8 @@
 // A thread's pixel on CUDA: where its scores come from, how they are walked, and the sums over its groups.
 #pragma once
 
+#include <type_traits>
+
 #include "ocr/cuda_block.h"
 
 namespace wsss::ocr {
@@ -11,6 +13,25 @@ __device__ inline double exponential(double x) { return exp(x); }
 __device__ inline float log_plus_one(float x) { return log1pf(x); }
 __device__ inline double log_plus_one(double x) { return log1p(x); }
 
+// exp(difference * scale) for each class, as power(difference * rate): for float32 one multiplication and one
+// instruction for 2 to a power, where expf takes eight. Subtraction and two multiplications leave an exponent
+// x wrong by 2^-23 |x|, and exp(x) by 2^-23 |x| exp(x): at most 5e-8, beside sums that are at least 1.
+// Results below 2^-126 become 0.
+template <class W>
+W rate_of(const Params& p) {
+    return static_cast<W>(sizeof(W) == 4 ? p.scale * 1.4426950408889634 : p.scale);
+}
+__device__ inline float power(float x) {
+#if defined(__CUDACC__)
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+#else
+    return exp2f(x);
+#endif
+}
+__device__ inline double power(double x) { return exp(x); }
+
 template <class W>
 __device__ W infinity() {
     return static_cast<W>(INFINITY);
@@ -20,182 +41,228 @@ __device__ W lowest() {
     return sizeof(W) == 4 ? static_cast<W>(-3.402823466e38f) : static_cast<W>(-1.7976931348623157e308);
 }
 
+// The larger one; NaN where one is.
+template <class W>
+__device__ W larger_or_nan(W x, W y) {
+#if defined(__CUDACC__)
+    if constexpr (sizeof(W) == 4) {
+        W result;
+        asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(y));
+        return result;
+    }
+#endif
+    return y > x || y != y ? y : x;
+}
+
+// What is computed before the launch: the rate of powers, whether a Stage copies runs, and the steps from one
+// class's number to the next one's. These in bytes: the address of a class is then a multiplication of 32 by
+// 64 bits, two instructions, without two more for the size of a number.
+template <class T>
+struct Factors {
+    wide<T> rate;
+    uint64_t logits_step, gradient_step;
+    bool logits_run, gradient_run;
+
+    explicit Factors(const Params& p)
+        : rate(rate_of<wide<T>>(p)),
+          logits_step(static_cast<uint64_t>(p.strides.channel) * sizeof(T)),
+          gradient_step(static_cast<uint64_t>(p.gradient_strides.channel) * sizeof(T)),
+          logits_run(is_run(p, p.strides)),
+          gradient_run(is_run(p, p.gradient_strides)) {}
+};
+template <class T>
+__device__ T* step(T* first, int c, uint64_t bytes) {
+    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(first) + static_cast<uint32_t>(c) * bytes);
+}
+
 // Where scores come from: the tensor, shared memory, or four numbers of the tensor each.
 template <class T>
 struct FromMemory {
     const T* first;
-    int64_t channel;
-    __device__ wide<T> get(int c) const { return static_cast<wide<T>>(first[c * channel]); }
+    uint64_t bytes;  // to the next class
+    __device__ wide<T> get(int c) const { return static_cast<wide<T>>(*step(first, c, bytes)); }
+};
+
+template <class W>
+struct FromStage {
+    const W* first;
+    __device__ W get(int c) const { return first[c]; }
 };
 
 template <class T>
 struct Resized {
-    const T* corner[4];
-    int64_t channel;
+    const T* corner;
+    uint64_t bytes;  // to the next class
+    int64_t across, down;
     wide<T> below, right;
 
-    __device__ Resized(const T* image, const Strides& strides, const Axes<wide<T>>& axes, const Place& place)
-        : channel(strides.channel) {
+    __device__ Resized(const T* image, const Strides& strides, const Axes<wide<T>>& axes, const Place& place,
+                       uint64_t step)
+        : bytes(step) {
         const Tap<wide<T>> row = axes.y.at(place.y), column = axes.x.at(place.x);
-        corner[0] = image + row.index * strides.y + column.index * strides.x;
-        corner[1] = corner[0] + (column.index + 1 < axes.x.size ? strides.x : 0);
-        const int64_t down = row.index + 1 < axes.y.size ? strides.y : 0;
-        corner[2] = corner[0] + down;
-        corner[3] = corner[1] + down;
+        corner = image + row.index * strides.y + column.index * strides.x;
+        across = column.index + 1 < axes.x.size ? strides.x : 0;
+        down = row.index + 1 < axes.y.size ? strides.y : 0;
         below = row.fraction;
         right = column.fraction;
     }
     __device__ wide<T> get(int c) const {
-        const auto read = [&](int i) { return static_cast<wide<T>>(corner[i][c * channel]); };
-        const wide<T> upper = read(0) * (1 - right) + read(1) * right;
-        const wide<T> lower = read(2) * (1 - right) + read(3) * right;
+        const T* const first = step(corner, c, bytes);
+        const auto read = [&](int64_t offset) { return static_cast<wide<T>>(first[offset]); };
+        const wide<T> upper = read(0) * (1 - right) + read(across) * right;
+        const wide<T> lower = read(down) * (1 - right) + read(down + across) * right;
         return upper * (1 - below) + lower * below;
     }
 };
 
-// The classes of a block's image, for as many as fit a warp's ballot, which every warp takes itself.
-class FewClasses {
-  public:
-    static constexpr int kMost = 24;
-    static size_t shared_bytes(int64_t /*classes*/) { return 0; }
+// Scores of a few classes of one group, whose reads are all under way at once. Those of kWhole classes are
+// all there; a walk's last ones come in batches that may not be full, and class 0 takes the other places:
+// read once more, without branches around the reads and their addresses.
+constexpr int kWhole = 8, kRest = 4;
 
-    __device__ FewClasses(const bool* tags, int classes, void* /*shared*/) : classes_(classes) {
-        const int lane = static_cast<int>(threadIdx.x) % 32;
-        inside_ = __ballot_sync(0xffffffffu, lane < classes && tags[lane]);
-    }
-    __device__ bool any_inside() const { return inside_ != 0; }
+template <class W, int kCount>
+struct Batch {
+    static constexpr int kSize = kCount;
+    int first, count;  // in its group; how many are there
+    int classes[kCount];
+    W scores[kCount];
 
-    // A pixel's scores, in registers.
-    template <class W, class Source>
-    class Scores {
-      public:
-        __device__ Scores(const FewClasses& classes, const Source& source) : of_(classes) {
-#pragma unroll
-            for (int c = 0; c < kMost; ++c) held_[c] = c < of_.classes_ ? source.get(c) : W{0};
-        }
-        __device__ W at(int wanted) const {
-            W found = held_[0];
-#pragma unroll
-            for (int c = 1; c < kMost; ++c) found = c == wanted ? held_[c] : found;
-            return found;
-        }
-        template <class Body>
-        __device__ void each_outside(const Body& body) const {
-            each<false>(body);
-        }
-        template <class Body>
-        __device__ void each_inside(const Body& body) const {
-            each<true>(body);
-        }
-
-      private:
-        template <bool kInside, class Body>
-        __device__ void each(const Body& body) const {
-#pragma unroll
-            for (int c = 0; c < kMost; ++c) {
-                if (c < of_.classes_ && (of_.inside_ >> c & 1) == kInside) body(c, held_[c]);
-            }
-        }
-        const FewClasses& of_;
-        W held_[kMost];
-    };
-
-  private:
-    int classes_;
-    unsigned inside_;
+    __device__ bool has(int i) const { return kCount == kWhole || i < count; }
 };
 
-// The classes of a block's image as two lists in shared memory, ascending.
-class ManyClasses {
+// The classes of a block's image in shared memory: a list of those not tagged, ascending, and one of those
+// that are.
+class Classes {
   public:
-    static size_t shared_bytes(int64_t classes) { return static_cast<size_t>(classes) * 2 * sizeof(int16_t); }
+    static size_t shared_bytes(int64_t classes) {
+        return sizeof(int) * static_cast<size_t>(length(classes) + ceil_div<int64_t>(classes, 32));
+    }
 
-    __device__ ManyClasses(const bool* tags, int classes, void* shared)
-        : outside_(static_cast<int16_t*>(shared)), inside_(outside_ + classes) {
-        __shared__ int counts[2];
-        if (threadIdx.x < 32) {
-            const int lane = static_cast<int>(threadIdx.x);
-            int outside = 0, inside = 0;
-            for (int first = 0; first < classes; first += 32) {
-                const int c = first + lane;
-                const bool exists = c < classes, tagged = exists && tags[c];
-                const unsigned all = __ballot_sync(0xffffffffu, exists);
-                const unsigned in = __ballot_sync(0xffffffffu, tagged);
-                const unsigned before = (1u << lane) - 1;
-                if (tagged) inside_[inside + __popc(in & before)] = static_cast<int16_t>(c);
-                const unsigned out = all & ~in;
-                if (exists && !tagged) outside_[outside + __popc(out & before)] = static_cast<int16_t>(c);
-                inside += __popc(in);
-                outside += __popc(out);
-            }
-            if (lane == 0) {
-                counts[0] = outside;
-                counts[1] = inside;
-            }
+    // All threads call this.
+    __device__ Classes(const bool* tags, int classes, void* shared) : list_(static_cast<int*>(shared)) {
+        auto* const words = reinterpret_cast<unsigned*>(list_ + length(classes));  // bit c: whether tagged
+        const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+        const int lane = thread % 32, count = (classes + 31) / 32;
+        for (int i = thread; i < length(classes); i += threads) list_[i] = 0;
+        for (int word = thread / 32; word < count; word += threads / 32) {
+            const int c = word * 32 + lane;
+            const unsigned bits = __ballot_sync(0xffffffffu, c < classes && tags[c]);
+            if (lane == 0) words[word] = bits;
         }
         __syncthreads();
-        outside_count_ = counts[0];
-        inside_count_ = counts[1];
+        inside_count_ = 0;
+#pragma unroll 1
+        for (int word = 0; word < count; ++word) inside_count_ += __popc(words[word]);
+        outside_count_ = classes - inside_count_;
+        int before = 0;  // tagged ones in the words before c's
+        for (int c = thread, word = 0; c < classes; c += threads) {
+#pragma unroll 1
+            for (; word < c / 32; ++word) before += __popc(words[word]);
+            const int tagged = before + __popc(words[word] & ((1u << lane) - 1));
+            const bool inside = (words[word] >> lane & 1) != 0;
+            list_[inside ? padded(outside_count_) + tagged : c - tagged] = c;
+        }
+        __syncthreads();
     }
     __device__ bool any_inside() const { return inside_count_ > 0; }
+    __device__ int outside(int i) const { return list_[i]; }
 
-    // A pixel's scores, fetched each time they are walked, kBatch at once.
-    template <class W, class Source>
-    class Scores {
-      public:
-        __device__ Scores(const ManyClasses& classes, const Source& source) : of_(classes), source_(source) {}
-        __device__ W at(int c) const { return source_.get(c); }
-        template <class Body>
-        __device__ void each_outside(const Body& body) const {
-            each(of_.outside_, of_.outside_count_, body);
-        }
-        template <class Body>
-        __device__ void each_inside(const Body& body) const {
-            each(of_.inside_, of_.inside_count_, body);
-        }
-
-      private:
-        static constexpr int kBatch = 8;
-        template <class Body>
-        __device__ void each(const int16_t* list, int count, const Body& body) const {
-            for (int first = 0; first < count; first += kBatch) {
-                W scores[kBatch];
-#pragma unroll
-                for (int i = 0; i < kBatch; ++i) {
-                    scores[i] = first + i < count ? source_.get(list[first + i]) : W{0};
-                }
-#pragma unroll
-                for (int i = 0; i < kBatch; ++i) {
-                    if (first + i < count) body(list[first + i], scores[i]);
-                }
-            }
-        }
-        const ManyClasses& of_;
-        Source source_;
-    };
+    // body(Batch) for all classes of a group.
+    template <class W, class Source, class Body>
+    __device__ void each_outside(const Source& source, const Body& body) const {
+        each<W>(list_, outside_count_, source, body);
+    }
+    template <class W, class Source, class Body>
+    __device__ void each_inside(const Source& source, const Body& body) const {
+        each<W>(list_ + padded(outside_count_), inside_count_, source, body);
+    }
 
   private:
-    int16_t* outside_;
-    int16_t* inside_;
+    struct alignas(16) Four {
+        int classes[4];
+    };
+    WSSS_HOST_DEVICE static int padded(int count) { return (count + 3) / 4 * 4; }
+    WSSS_HOST_DEVICE static int length(int64_t classes) { return static_cast<int>((classes + 6) / 4 * 4); }
+
+    template <class W, class Source, class Body>
+    __device__ static void each(const int* list, int count, const Source& source, const Body& body) {
+        int first = 0;
+#pragma unroll 1
+        for (; first + kWhole <= count; first += kWhole) {
+            body(read<W, kWhole>(list, first, kWhole, source));
+        }
+#pragma unroll 1
+        for (; first < count; first += kRest) {
+            body(read<W, kRest>(list, first, count - first, source));
+        }
+    }
+    template <class W, int kCount, class Source>
+    __device__ static Batch<W, kCount> read(const int* list, int first, int count, const Source& source) {
+        Batch<W, kCount> batch;
+        batch.first = first;
+        batch.count = count;
+#pragma unroll
+        for (int i = 0; i < kCount; i += 4) {
+            const Four four = *reinterpret_cast<const Four*>(list + first + i);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) batch.classes[i + j] = four.classes[j];
+        }
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) batch.scores[i] = source.get(batch.classes[i]);
+        return batch;
+    }
+
+    int* list_;
     int outside_count_, inside_count_;
 };
 
-// sum of exp(scale * (x - largest)) over numbers as they come, each exponent at most 0.
+// A pixel's scores, fetched each time they are walked.
+template <class W, class Source>
+struct Scores {
+    const Classes& classes;
+    Source source;
+
+    __device__ W at(int c) const { return source.get(c); }
+    template <class Body>
+    __device__ void each_outside(const Body& body) const {
+        classes.each_outside<W>(source, body);
+    }
+    template <class Body>
+    __device__ void each_inside(const Body& body) const {
+        classes.each_inside<W>(source, body);
+    }
+};
+
+// sum of exp(scale * (x - largest)) over numbers as they come, each exponent at most 0. `largest` is NaN as
+// soon as a number is.
 template <class W>
 struct RunningSum {
     W largest = lowest<W>(), sum = 0;
 
-    __device__ bool add(W x, W scale) {  // whether x is the largest so far
-        const bool larger = x > largest;
-        const W fade = exponential(scale * (larger ? largest - x : x - largest));
-        sum = larger ? sum * fade + 1 : sum + fade;
-        largest = larger ? x : largest;
-        return larger;
+    template <int kCount>
+    __device__ bool add(const W (&x)[kCount], W rate) {  // whether one is the largest so far
+        const W before = largest;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) largest = larger_or_nan(largest, x[i]);
+        sum *= power((finite(before) - finite(largest)) * rate);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) sum += power((x[i] - finite(largest)) * rate);
+        return largest > before;
     }
+    __device__ W total() const { return sum == infinity<W>() ? W{1} : sum; }
+
+  private:
+    // inf - inf would be NaN: with this, the sum is infinite where a number is, and 1 in total().
+    __device__ static W finite(W x) { return min(x, -lowest<W>()); }
 };
 
-__device__ inline bool is_selective(const Params& p) {
-    return p.log_prior != nullptr || p.log_threshold > -INFINITY;
+// run(std::bool_constant): whether a prior or threshold chooses among the tagged classes. Kernels of their
+// own, for what choosing takes would cost the others registers.
+template <class Run>
+void with_selection(const Params& p, const Run& run) {
+    if (p.log_prior != nullptr || p.log_threshold > -INFINITY) return run(std::true_type());
+    run(std::false_type());
 }
 
 template <class W>
@@ -207,24 +274,46 @@ __device__ W relevance_of(const Params& p, int c, int winner, W score) {
 template <class W>
 struct Inside {  // the group I: the sum over -s_j, and what decides who belongs to it
     RunningSum<W> sum;
-    W cutoff;
+    W cutoff = -infinity<W>();
+
+    template <class Batch, class Belongs>
+    __device__ void add(const Batch& batch, W rate, const Belongs& belongs) {
+        W opposite[Batch::kSize];
+#pragma unroll
+        for (int i = 0; i < Batch::kSize; ++i) {
+            opposite[i] = batch.has(i) && belongs(i) ? -batch.scores[i] : -infinity<W>();
+        }
+        sum.add(opposite, rate);
+    }
 };
 
+// Where a prior or threshold chooses among the tagged classes.
 template <class W, class Scores>
-__device__ Inside<W> find_inside(const Params& p, const Scores& scores, int winner) {
+__device__ Inside<W> select_inside(const Params& p, const Scores& scores, int winner, W rate) {
     Inside<W> in;
-    in.cutoff = -infinity<W>();
-    if (is_selective(p)) {
-        W best = -infinity<W>();
-        scores.each_inside([&](int c, W score) {
-            const W relevance = relevance_of(p, c, winner, score);
+    W best = -infinity<W>();
+    scores.each_inside([&](const auto& batch) {
+#pragma unroll
+        for (int i = 0; i < batch.kSize; ++i) {
+            if (!batch.has(i)) break;
+            const W relevance = relevance_of(p, batch.classes[i], winner, batch.scores[i]);
             best = relevance > best ? relevance : best;
-        });
-        in.cutoff = find_relevance_cutoff(best, static_cast<W>(p.log_threshold), lowest<W>(), infinity<W>());
-    }
-    scores.each_inside([&](int c, W score) {
-        if (relevance_of(p, c, winner, score) >= in.cutoff) in.sum.add(-score, static_cast<W>(p.scale));
+        }
     });
+    in.cutoff = find_relevance_cutoff(best, static_cast<W>(p.log_threshold), lowest<W>(), infinity<W>());
+    scores.each_inside([&](const auto& batch) {
+        in.add(batch, rate, [&](int i) {
+            return relevance_of(p, batch.classes[i], winner, batch.scores[i]) >= in.cutoff;
+        });
+    });
+    return in;
+}
+
+template <bool kSelective, class W, class Scores>
+__device__ Inside<W> find_inside(const Params& p, const Scores& scores, int winner, W rate) {
+    if constexpr (kSelective) return select_inside<W>(p, scores, winner, rate);
+    Inside<W> in;
+    scores.each_inside([&](const auto& batch) { in.add(batch, rate, [](int) { return true; }); });
     return in;
 }
 
@@ -233,7 +322,7 @@ struct Ranking {  // the arguments of loss_of and slope_of
     W both, gap, fade;
 
     __device__ Ranking(const Params& p, W best, W outside_sum, const RunningSum<W>& inside)
-        : both(outside_sum * inside.sum),
+        : both(outside_sum * inside.total()),
           gap((best + inside.largest + static_cast<W>(p.margin)) * static_cast<W>(p.scale)),
           fade(exponential(gap > 0 ? -gap : gap)) {}
 };
@@ -244,37 +333,72 @@ struct PixelLoss {
     W loss = 0, outside_sum = 0;
 };
 
-// Reads each score once, those of tagged classes again where a prior or threshold chooses among them.
+// The group O: its sum, and the first class with the largest score; -1 where all are -inf.
+template <class W>
+struct Outside {
+    RunningSum<W> sum;
+    int winner = -1;
+
+    template <class Scores>
+    __device__ Outside(const Scores& scores, W rate) {
+        scores.each_outside([&](const auto& batch) { add(batch, rate); });
+        if (winner >= 0) winner = scores.classes.outside(winner);
+    }
+
+  private:
+    template <class Batch>
+    __device__ void add(const Batch& batch, W rate) {  // of the winner the place in the list
+        W x[Batch::kSize];
+#pragma unroll
+        for (int i = 0; i < Batch::kSize; ++i) x[i] = batch.has(i) ? batch.scores[i] : -infinity<W>();
+        if (!sum.add(x, rate)) return;
+        int place = Batch::kSize - 1;
+#pragma unroll
+        for (int i = Batch::kSize - 2; i >= 0; --i) place = x[i] == sum.largest ? i : place;
+        winner = batch.first + place;
+    }
+};
+
+// Whether a tagged class before this one has the same score.
 template <class W, class Scores>
-__device__ PixelLoss<W> find_loss(const Params& p, const Scores& scores) {
-    const W scale = static_cast<W>(p.scale);
-    RunningSum<W> outside;
-    int winner = -1, candidate_class = 0;
-    bool broken = false;
-    scores.each_outside([&](int c, W score) {
-        broken |= score != score;
-        if (outside.add(score, scale)) winner = c;
+__device__ bool is_later(const Scores& scores, int winner, W score) {
+    bool later = false;
+    scores.each_inside([&](const auto& batch) {
+#pragma unroll
+        for (int i = 0; i < batch.kSize; ++i) {
+            later |= batch.has(i) && batch.classes[i] < winner && batch.scores[i] == score;
+        }
     });
+    return later;
+}
+
+// Reads each score once, those of tagged classes again where a prior or threshold chooses among them and
+// where the largest one of them equals the largest one of the others.
+template <bool kSelective, class W, class Scores>
+__device__ PixelLoss<W> find_loss(const Params& p, const Scores& scores, W rate) {
+    const Outside<W> out(scores, rate);
+    const W best = out.sum.largest;
     W largest = lowest<W>();
     Inside<W> in;
-    const bool selective = is_selective(p);
-    scores.each_inside([&](int c, W score) {
-        broken |= score != score;
-        candidate_class = score > largest ? c : candidate_class;
-        largest = score > largest ? score : largest;
-        if (!selective) in.sum.add(-score, scale);
+    scores.each_inside([&](const auto& batch) {
+#pragma unroll
+        for (int i = 0; i < batch.kSize; ++i) {
+            largest = larger_or_nan(largest, batch.has(i) ? batch.scores[i] : -infinity<W>());
+        }
+        if constexpr (!kSelective) in.add(batch, rate, [](int) { return true; });
     });
-    const bool first = outside.largest > largest || (outside.largest == largest && winner < candidate_class);
+    const bool broken = best != best || largest != largest;
     PixelLoss<W> result;
-    if (!broken && (winner < 0 || !first)) return result;
-    result.winner = winner < 0 ? 0 : winner;
+    if (!broken && (out.winner < 0 || best < largest)) return result;
+    if (best == largest && is_later(scores, out.winner, best)) return result;
+    result.winner = out.winner < 0 ? 0 : out.winner;
     if (p.winner == nullptr) return result;
-    if (selective) in = find_inside<W>(p, scores, result.winner);
-    const Ranking<W> ranking(p, outside.largest, outside.sum, in.sum);
+    if constexpr (kSelective) in = select_inside<W>(p, scores, result.winner, rate);
+    const Ranking<W> ranking(p, best, out.sum.total(), in.sum);
     const W nan = static_cast<W>(NAN);
     result.loss =
         broken ? nan : loss_of(ranking.both, ranking.gap, ranking.fade, [](W x) { return log_plus_one(x); });
-    result.outside_sum = broken ? nan : outside.sum;
+    result.outside_sum = broken ? nan : out.sum.total();
     return result;
 }
 
@@ -286,36 +410,41 @@ struct Slopes {
 
     // loss_gradient: of the pixel's loss
     template <class Scores>
-    __device__ Slopes(const Params& p, const Scores& scores, int winner, W outside_sum, W loss_gradient) {
-        const Inside<W> in = find_inside<W>(p, scores, winner);
+    __device__ Slopes(const Params& p, const Inside<W>& in, const Scores& scores, int winner, W outside_sum,
+                      W loss_gradient) {
         best = scores.at(winner);
         smallest = -in.sum.largest;
         cutoff = in.cutoff;
         const Ranking<W> ranking(p, best, outside_sum, in.sum);
         const W slope =
             slope_of(ranking.both, ranking.gap, ranking.fade) * static_cast<W>(p.scale) * loss_gradient;
-        outside = in.sum.sum * slope;
+        outside = in.sum.total() * slope;
         inside = -outside_sum * slope;
     }
     Slopes() = default;
 
-    __device__ W of_outside(const Params& p, W score) const {
-        return exponential(static_cast<W>(p.scale) * (score - best)) * outside;
-    }
-    __device__ W of_inside(const Params& p, int c, int winner, W score) const {
-        if (relevance_of(p, c, winner, score) >= cutoff) {
-            return exponential(static_cast<W>(p.scale) * (smallest - score)) * inside;
-        }
+    __device__ W of_outside(W score, W rate) const { return power((score - best) * rate) * outside; }
+    __device__ W of_inside(W score, W rate) const { return power((smallest - score) * rate) * inside; }
+    // Where a prior or threshold chooses: the gradient of a tagged class, if it was chosen.
+    __device__ W if_selected(const Params& p, int c, int winner, W score, W gradient) const {
+        if (relevance_of(p, c, winner, score) >= cutoff) return gradient;
         return outside != outside ? outside : W{0};  // NaN for all classes of a pixel with NaN
     }
 };
 
+// Of the pixels' losses: one for each, or one of all.
 template <class W>
-__device__ W find_loss_gradient(const Params& p, int64_t at) {
-    const auto* gradient = static_cast<const W*>(p.loss_gradient);
-    if (p.gradient_per_pixel) return gradient[at];
-    return p.mean ? *gradient / static_cast<W>(*p.count) : *gradient;
-}
+struct LossGradient {
+    const W* each;  // or null
+    W all = 0;
+
+    __device__ explicit LossGradient(const Params& p) : each(static_cast<const W*>(p.loss_gradient)) {
+        if (p.gradient_per_pixel) return;
+        all = p.mean ? *each / static_cast<W>(*p.count) : *each;
+        each = nullptr;
+    }
+    __device__ W at(int64_t pixel) const { return each != nullptr ? each[pixel] : all; }
+};
 
 }  // namespace
 }  // namespace wsss::ocr
