@@ -88,6 +88,8 @@ prototype::Params prototype_params(const TensorView& features, bool channels_las
     if (p.images * p.pixels > kMostPixels || p.images * p.channels > kMostPixels) {
         throw std::invalid_argument("more than 2^30 pixels or channels");
     }
+    if (p.classes * p.channels > kMostPixels)
+        throw std::invalid_argument("more than 2^30 classes * channels");
     return p;
 }
 

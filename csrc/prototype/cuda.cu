@@ -8,8 +8,22 @@
 //
 // Sums over pixels and sums over channels have one form (Group), for what lies side by side in one layout is
 // apart in the other. A thread keeps the sums of up to kFew classes, so that features are read once for them;
-// more classes take another walk for each kFew, past features that L1 and L2 hold. A block lists its image's
+// more classes take another walk for each kFew, past features that caches hold. A block lists its image's
 // classes that have pixels in shared memory and walks only those.
+//
+// Instructions of a warp for 32 numbers, read from sm_90's machine code, in the loops of an image of three
+// classes, fp32, NCHW (channels_last), and what they were when threads loaded one number at a time and loops
+// ran over eight classes, skipping those that an image has not:
+//   prototypes 6 (6), were 14 (17);       cosines 8 (8), were 74 (52);
+//   shares 6 (7), were 51 (68);           gradients 15 (13), were about 70 (75).
+// What is done once for a block adds 2 or 3 to each. An H200 has time for 142 in all while the five passes
+// move their bytes. Each thread has four loads of 16 bytes under way; P3 has 384 to 512 blocks of 256
+// threads, two or three of which a multiprocessor holds, so that 32 to 48 KB are under way in each.
+//
+// At this size a launch costs as much as a tenth of a pass, so there are six: seeds; prototypes, whose blocks
+// count pixels for themselves and write zeros too; cosines, whose blocks find the prototypes' lengths for
+// themselves from what they read anyway; weights of all kinds, a block for each image; shares; gradients. Of
+// two passes over the features the second goes backwards, as what was read last is still in L2.
 #include "prototype/cuda_levels.h"
 #include "prototype/cuda_present.h"
 #include "with_type.h"
@@ -17,7 +31,7 @@
 namespace wsss::prototype {
 namespace {
 
-constexpr int kManyThreads = 1024, kSeedThreads = 128;
+constexpr int kManyThreads = 512, kSeedThreads = 128;
 
 template <class T>
 __global__ void __launch_bounds__(kSeedThreads) find_classes(SeedParams p, Divisor pixels, Divisor width) {
@@ -73,7 +87,7 @@ __device__ __forceinline__ void load_seeds(const int16_t* from, int (&seeds)[kSt
 // Means of the channels of a block. Each block counts its image's pixels for itself; the first of an image
 // writes what it finds. Classes without pixels get zeros.
 template <class T, bool kTogether, int kCount>
-__global__ void __launch_bounds__(kThreads, blocks_at_once(kCount))
+__global__ void __launch_bounds__(kThreads, blocks_at_once(kTogether, kCount))
     find_prototypes(Params p, Items channels) {
     using W = wide<T>;
     using Lanes = Group<kTogether, kCount>;
@@ -132,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kCount))
 // Cosines of the pixels of a block. Each finds the lengths of the prototypes, which it reads, for itself; the
 // first of an image writes them. Blocks go backwards, as what was read last is still in L2.
 template <class T, bool kTogether, int kCount>
-__global__ void __launch_bounds__(kThreads, kTogether ? blocks_at_once(kCount) : 2)
+__global__ void __launch_bounds__(kThreads, blocks_at_once(kTogether, kCount))
     find_cosines(Params p, Items pixels) {
     using W = wide<T>;
     using Lanes = Group<kTogether, kCount>;
@@ -166,23 +180,28 @@ __global__ void __launch_bounds__(kThreads, kTogether ? blocks_at_once(kCount) :
                 prototypes[k] =
                     row<W>(p.prototypes, p, image, count > 0 ? present[first + k] : 0, p.channels);
             }
-            each_number<4>(loads, p.channels, [&](int64_t d, const W(&numbers)[Lanes::kOwn][Lanes::kStep]) {
-                W others[kClasses][Lanes::kStep];
+            each_number < kTogether || kCount<8 ? 4 : 2>(
+                                           loads, p.channels,
+                                           [&](int64_t d, const W(&numbers)[Lanes::kOwn][Lanes::kStep]) {
+                                               W others[kClasses][Lanes::kStep];
 #pragma unroll
-                for (int k = 0; k < kClasses; ++k) load_wide(prototypes[k] + d, others[k]);
+                                               for (int k = 0; k < kClasses; ++k)
+                                                   load_wide(prototypes[k] + d, others[k]);
 #pragma unroll
-                for (int s = 0; s < Lanes::kStep; ++s) {
+                                               for (int s = 0; s < Lanes::kStep; ++s) {
 #pragma unroll
-                    for (int k = 0; k < kClasses; ++k) own[kLengths + k] += others[k][s] * others[k][s];
+                                                   for (int k = 0; k < kClasses; ++k)
+                                                       own[kLengths + k] += others[k][s] * others[k][s];
 #pragma unroll
-                    for (int i = 0; i < Lanes::kOwn; ++i) {
-                        own[kSquares + i] += numbers[i][s] * numbers[i][s];
+                                                   for (int i = 0; i < Lanes::kOwn; ++i) {
+                                                       own[kSquares + i] += numbers[i][s] * numbers[i][s];
 #pragma unroll
-                        for (int k = 0; k < kClasses; ++k)
-                            own[k * Lanes::kOwn + i] += numbers[i][s] * others[k][s];
-                    }
-                }
-            });
+                                                       for (int k = 0; k < kClasses; ++k)
+                                                           own[k * Lanes::kOwn + i] +=
+                                                               numbers[i][s] * others[k][s];
+                                                   }
+                                               }
+                                           });
             Lanes::add(own, sums);
             const auto length_of = [&](int k, int pack) { return sqrt(sums[Lanes::at(kLengths + k, pack)]); };
             for (int i = static_cast<int>(threadIdx.x); i < max(count, 1) * Lanes::kItems; i += kThreads) {
@@ -267,7 +286,8 @@ __global__ void __launch_bounds__(kManyThreads) find_weights(Params p) {
 }
 
 template <class T, bool kTogether, int kCount>
-__global__ void __launch_bounds__(kThreads, blocks_at_once(kCount)) find_shares(Params p, Items channels) {
+__global__ void __launch_bounds__(kThreads, blocks_at_once(kTogether, kCount))
+    find_shares(Params p, Items channels) {
     using W = wide<T>;
     using Lanes = Group<kTogether, kCount>;
     WSSS_DYNAMIC_SHARED(int16_t, shared);
@@ -317,14 +337,15 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kCount)) find_shares(
 // What the pixels of a thread get through their prototypes.
 template <class W, class Lanes>
 struct SharesOf {
-    const W* rows[Lanes::kOwn];  // or null
+    const W* rows;             // of the image's classes
+    int offsets[Lanes::kOwn];  // of the pixels' rows; negative: nothing
 
-    __device__ SharesOf(const Params& p, const Place<Lanes>& place) {
+    __device__ SharesOf(const Params& p, const Place<Lanes>& place)
+        : rows(row<W>(p.shares, p, place.image, 0, p.channels)) {
 #pragma unroll
         for (int i = 0; i < Lanes::kOwn; ++i) {
             const int seed = p.seeds[place.image * p.pixels + place.readable(i)];
-            rows[i] = p.shares != nullptr && seed >= 0 ? row<W>(p.shares, p, place.image, seed, p.channels)
-                                                       : nullptr;
+            offsets[i] = p.shares != nullptr && seed >= 0 ? seed * static_cast<int>(p.channels) : -1;
         }
     }
     __device__ void add_to(W (&numbers)[Lanes::kStep], int i, int64_t d) const {
@@ -332,7 +353,7 @@ struct SharesOf {
 #pragma unroll
         for (int s = 0; s < Lanes::kStep; s += kVector) {
             W shares[kVector];
-            widen(load_if<W, kVector>(rows[i] != nullptr, rows[i] + d + s), shares);
+            widen(load_if<W, kVector>(offsets[i] >= 0, rows + d + s + offsets[i]), shares);
 #pragma unroll
             for (int j = 0; j < kVector; ++j) numbers[s + j] += shares[j];
         }
@@ -415,7 +436,7 @@ __global__ void __launch_bounds__(kThreads, 2) write_gradients(Params p, Items p
                                          });
     };
     constexpr int kMost = kCount == 8 ? 3 : kFew;  // for which there are registers
-    if (present.count() > kMost) {  // seldom
+    if (present.count() > kMost) {                 // seldom
         write([&](int64_t d, W(&numbers)[Lanes::kOwn][Lanes::kStep]) {
 #pragma unroll 1
             for (int k = 0; k < present.count(); ++k) {

@@ -117,9 +117,8 @@ __device__ __forceinline__ void load_wide(const W* from, W (&to)[kStep]) {
     }
 }
 
-// Blocks that a multiprocessor has at once, at least: where threads hold four numbers of a float's size,
-// more.
-constexpr int blocks_at_once(int count) { return count == 4 ? 3 : 2; }
+// Blocks that a multiprocessor has at once, at least: more where a thread holds four numbers in all.
+constexpr int blocks_at_once(bool together, int count) { return together && count == 4 ? 3 : 2; }
 
 // A thread's loads of features: one pack of several items, or a pack of each item.
 template <class T, bool kTogether, int kCount, class Lanes = Group<kTogether, kCount>>

@@ -13,8 +13,8 @@ struct Few {
     static constexpr int kCount = kNumber;
 };
 
-// run(Few<>()) of at least min(count, kMost) classes, so that loops over them are unrolled and what they hold lies in
-// registers: an instruction that is skipped takes as long as one that is not.
+// run(Few<>()) of at least min(count, kMost) classes, so that loops over them are unrolled and what they hold
+// lies in registers: an instruction that is skipped takes as long as one that is not.
 template <int kMost = kFew, class Run>
 __device__ __forceinline__ void with_few(int count, const Run& run) {
     if (count <= 2) {
