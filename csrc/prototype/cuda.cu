@@ -150,6 +150,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kTogether, kCount))
     find_cosines(Params p, Items pixels) {
     using W = wide<T>;
     using Lanes = Group<kTogether, kCount>;
+    constexpr int kUnderWay = kTogether || kCount < 8 ? 4 : 2;  // for which there are registers
     WSSS_DYNAMIC_SHARED(int16_t, shared);
     [[maybe_unused]] __shared__ W sums[Shared<W, Lanes, 1>::kCount];
     const Place<Lanes> place(pixels, gridDim.x - 1 - blockIdx.x);
@@ -180,28 +181,26 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once(kTogether, kCount))
                 prototypes[k] =
                     row<W>(p.prototypes, p, image, count > 0 ? present[first + k] : 0, p.channels);
             }
-            each_number < kTogether || kCount<8 ? 4 : 2>(
-                                           loads, p.channels,
-                                           [&](int64_t d, const W(&numbers)[Lanes::kOwn][Lanes::kStep]) {
-                                               W others[kClasses][Lanes::kStep];
+            each_number<kUnderWay>(loads, p.channels,
+                                   [&](int64_t d, const W(&numbers)[Lanes::kOwn][Lanes::kStep]) {
+                                       W others[kClasses][Lanes::kStep];
+#pragma unroll
+                                       for (int k = 0; k < kClasses; ++k)
+                                           load_wide(prototypes[k] + d, others[k]);
+#pragma unroll
+                                       for (int s = 0; s < Lanes::kStep; ++s) {
+#pragma unroll
+                                           for (int k = 0; k < kClasses; ++k)
+                                               own[kLengths + k] += others[k][s] * others[k][s];
+#pragma unroll
+                                           for (int i = 0; i < Lanes::kOwn; ++i) {
+                                               own[kSquares + i] += numbers[i][s] * numbers[i][s];
 #pragma unroll
                                                for (int k = 0; k < kClasses; ++k)
-                                                   load_wide(prototypes[k] + d, others[k]);
-#pragma unroll
-                                               for (int s = 0; s < Lanes::kStep; ++s) {
-#pragma unroll
-                                                   for (int k = 0; k < kClasses; ++k)
-                                                       own[kLengths + k] += others[k][s] * others[k][s];
-#pragma unroll
-                                                   for (int i = 0; i < Lanes::kOwn; ++i) {
-                                                       own[kSquares + i] += numbers[i][s] * numbers[i][s];
-#pragma unroll
-                                                       for (int k = 0; k < kClasses; ++k)
-                                                           own[k * Lanes::kOwn + i] +=
-                                                               numbers[i][s] * others[k][s];
-                                                   }
-                                               }
-                                           });
+                                                   own[k * Lanes::kOwn + i] += numbers[i][s] * others[k][s];
+                                           }
+                                       }
+                                   });
             Lanes::add(own, sums);
             const auto length_of = [&](int k, int pack) { return sqrt(sums[Lanes::at(kLengths + k, pack)]); };
             for (int i = static_cast<int>(threadIdx.x); i < max(count, 1) * Lanes::kItems; i += kThreads) {

@@ -217,7 +217,9 @@ struct LevelWalk {
 #pragma unroll
         for (int i = 0; i < Lanes::kOwn; ++i) {
             if constexpr (kMany) {
-                readers[i].gather(axes, gradients[i] + offset, p.resized_strides, given[i]);
+                // Seldom, and there are no registers for all pixels' pointers.
+                const T* const first = static_cast<const T*>(p.resized_gradient) + readers[i].offset;
+                readers[i].gather(axes, first + offset, p.resized_strides, given[i]);
             } else {
                 constexpr int kStep = Lanes::kStep;
                 widen(load_if<T, kStep>(weights[i] != 0, gradients[i] + offset), given[i]);
