@@ -37,8 +37,6 @@ struct LevelParams {
     bool normalise;
     const void* level;  // [images][channels][height][width]
     Strides strides;
-    void* scales;  // wide [images][height][width]: what a level's pixels are multiplied by; scratch, on CUDA
-                   // alone
 
     void* resized;  // written by the forward; [images][channels][out_height][out_width]
     const void* resized_gradient;
