@@ -56,6 +56,19 @@ __device__ __forceinline__ void store(T* to, const Packed<T, kCount>& packed) {
     *reinterpret_cast<Packed<T, kCount>*>(to) = packed;
 }
 
+// Of what is not read soon: it leaves caches to other numbers.
+template <class T, int kCount>
+__device__ __forceinline__ void store_once(T* to, const Packed<T, kCount>& packed) {
+#if defined(__CUDACC__)
+    if constexpr (kCount > 1) {
+        __stcs(reinterpret_cast<uint4*>(to),
+               make_uint4(packed.words[0], packed.words[1], packed.words[2], packed.words[3]));
+        return;
+    }
+#endif
+    store(to, packed);
+}
+
 // Two 16-bit floats of a word.
 __device__ __forceinline__ float2 widen_pair(__half, uint32_t word) {
     __half2 pair;

@@ -34,18 +34,17 @@ struct Axis {
         return {index, fraction < 1 ? fraction : W{1}};
     }
 
-    // The first output coordinate whose index is at least `index`; `outputs` where there is none.
+    // The first output coordinate whose index is at least `index`; `outputs` where there is none. Steps to it
+    // from where it is without rounding, so it is one or two away.
     WSSS_HOST_DEVICE int64_t first_output(int64_t index, int64_t outputs) const {
-        int64_t low = 0, high = outputs;
-        while (low < high) {
-            const int64_t middle = (low + high) / 2;
-            if (at(middle).index < index) {
-                low = middle + 1;
-            } else {
-                high = middle;
-            }
-        }
-        return low;
+        const W exact =
+            align_corners ? static_cast<W>(index) / scale : (static_cast<W>(index) + W(0.5)) / scale - W(0.5);
+        int64_t out = !(exact > 0)                      ? 0
+                      : exact < static_cast<W>(outputs) ? static_cast<int64_t>(exact)
+                                                        : outputs;
+        while (out > 0 && at(out - 1).index >= index) --out;
+        while (out < outputs && at(out).index < index) ++out;
+        return out;
     }
 };
 

@@ -56,6 +56,11 @@ WAYS = {
     "many classes": Case(((12, 9, 10),), 30, (9, 10), tagged=1.0),
     "detached": Case(((20, 6, 7),), 4, (6, 7), detach_prototypes=True),
     "levels": Case(((9, 12, 10), (14, 6, 5), (7, 2, 3)), 4, (6, 5), single=False),
+    "whole loads": Case(((168, 8, 24),), 6, (8, 24), tagged=0.7),
+    "many classes, whole loads": Case(((40, 16, 16),), 12, (16, 16), tagged=1.0),
+    "levels, whole loads": Case(
+        ((16, 16, 32), (40, 32, 64), (24, 8, 16), (16, 4, 8), (8, 8, 24)), 4, (8, 16), single=False
+    ),
 }
 
 

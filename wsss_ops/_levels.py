@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ._backend import call
@@ -29,17 +28,11 @@ def _empty_resized(levels: Sequence[Tensor], height: int, width: int, normalise:
     return empty_like_format(shape, first, is_channels_last(first))
 
 
-def _scratch(level: Tensor) -> Tensor:
-    """What each pixel is multiplied by; on CUDA between two kernels."""
-    pixels = (level.shape[0], level.shape[2], level.shape[3])
-    return level.new_empty(pixels, dtype=torch.promote_types(level.dtype, torch.float32))
-
-
 def _resize(levels: Sequence[Tensor], height: int, width: int, normalise: bool) -> Tensor:
     resized = _empty_resized(levels, height, width, normalise)
     for level, part in zip(levels, _parts(resized, levels), strict=True):
         if part.numel() > 0:
-            call("prototype_level", level.device, level, normalise, _scratch(level), part)
+            call("prototype_level", level.device, level, normalise, part)
     return resized
 
 
@@ -60,7 +53,7 @@ def _differentiate(grad: Tensor, levels: Sequence[Tensor], normalise: bool) -> l
         if part.numel() == 0:
             gradient.zero_()
         else:
-            call("prototype_level_backward", level.device, part, level, normalise, _scratch(level), gradient)
+            call("prototype_level_backward", level.device, part, level, normalise, gradient)
     return gradients
 
 

@@ -169,22 +169,23 @@ def _find_seeds(
     seeds = _empty_seeds(cam, tags, valid, background_scale, height, width)
     if seeds.numel() > 0:
         mask = None if valid is None else valid.contiguous()
-        call("prototype_seeds", cam.device, cam, (tags != 0).contiguous(), mask, background_scale, seeds)
+        call("prototype_seeds", cam.device, cam, tags.to(torch.bool).contiguous(), mask, background_scale, seeds)
     return seeds
 
 
 def _empty_prototypes(features: Tensor, seeds: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Zeros, as kernels write only what classes with pixels have; and their counts."""
+    """And their counts."""
     n, d = features.shape[:2]
-    prototypes = features.new_zeros((n, classes, d), dtype=_wide(features.dtype))
-    return prototypes, features.new_zeros((n, classes), dtype=torch.int32)
+    prototypes = features.new_empty((n, classes, d), dtype=_wide(features.dtype))
+    return prototypes, features.new_empty((n, classes), dtype=torch.int32)
 
 
 def _average(features: Tensor, seeds: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     prototypes, counts = _empty_prototypes(features, seeds, classes)
     if features.numel() > 0:
         call("prototype_forward", features.device, *_dense(features), seeds, counts, prototypes, None, None, None)
-    return prototypes, counts
+        return prototypes, counts
+    return prototypes.zero_(), counts.zero_()
 
 
 def _empty_spread(grad: Tensor, seeds: Tensor, counts: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:

@@ -31,8 +31,7 @@ void prototype_seeds(const TensorView& cam, const TensorView& tags, const Option
     run(prototype::find_seeds, p, cam, where);
 }
 
-prototype::LevelParams level_params(const TensorView& level, const TensorView& resized, bool normalise,
-                                    const TensorView& scales) {
+prototype::LevelParams level_params(const TensorView& level, const TensorView& resized, bool normalise) {
     prototype::LevelParams p{};
     p.dtype = level.dtype();
     p.images = level.size(0);
@@ -45,7 +44,6 @@ prototype::LevelParams level_params(const TensorView& level, const TensorView& r
     p.level = level.data();
     p.strides = strides_of(level);
     p.resized_strides = strides_of(resized);
-    p.scales = scales.data();
     for (const TensorView& map : {level, resized}) {
         if (map.size(0) * map.size(2) * map.size(3) > kMostPixels) {
             throw std::invalid_argument("more than 2^30 pixels");
@@ -54,17 +52,15 @@ prototype::LevelParams level_params(const TensorView& level, const TensorView& r
     return p;
 }
 
-// scales: as many wide numbers as the level has pixels, scratch.
-void prototype_level(const TensorView& level, bool normalise, const TensorView& scales,
-                     const TensorView& resized, uint64_t where) {
-    prototype::LevelParams p = level_params(level, resized, normalise, scales);
+void prototype_level(const TensorView& level, bool normalise, const TensorView& resized, uint64_t where) {
+    prototype::LevelParams p = level_params(level, resized, normalise);
     p.resized = resized.data();
     run(prototype::resize_level, p, level, where);
 }
 
 void prototype_level_backward(const TensorView& resized_gradient, const TensorView& level, bool normalise,
-                              const TensorView& scales, const TensorView& level_gradient, uint64_t where) {
-    prototype::LevelParams p = level_params(level, resized_gradient, normalise, scales);
+                              const TensorView& level_gradient, uint64_t where) {
+    prototype::LevelParams p = level_params(level, resized_gradient, normalise);
     p.resized_gradient = resized_gradient.data();
     p.level_gradient = level_gradient.data();
     p.gradient_strides = strides_of(level_gradient);
@@ -88,6 +84,8 @@ prototype::Params prototype_params(const TensorView& features, bool channels_las
     if (p.images * p.pixels > kMostPixels || p.images * p.channels > kMostPixels) {
         throw std::invalid_argument("more than 2^30 pixels or channels");
     }
+    if (p.classes * p.channels > kMostPixels)
+        throw std::invalid_argument("more than 2^30 classes * channels");
     return p;
 }
 
@@ -140,11 +138,10 @@ void prototype_spread(const TensorView& shares, bool channels_last, const Tensor
 void bind_prototype(py::module_& m) {
     m.def("prototype_seeds", &prototype_seeds, py::arg("cam"), py::arg("tags"), py::arg("valid"),
           py::arg("background_scale"), py::arg("seeds"), py::arg("where"));
-    m.def("prototype_level", &prototype_level, py::arg("level"), py::arg("normalise"), py::arg("scales"),
-          py::arg("resized"), py::arg("where"));
-    m.def("prototype_level_backward", &prototype_level_backward, py::arg("resized_gradient"),
-          py::arg("level"), py::arg("normalise"), py::arg("scales"), py::arg("level_gradient"),
+    m.def("prototype_level", &prototype_level, py::arg("level"), py::arg("normalise"), py::arg("resized"),
           py::arg("where"));
+    m.def("prototype_level_backward", &prototype_level_backward, py::arg("resized_gradient"),
+          py::arg("level"), py::arg("normalise"), py::arg("level_gradient"), py::arg("where"));
     m.def("prototype_forward", &prototype_forward, py::arg("features"), py::arg("channels_last"),
           py::arg("seeds"), py::arg("counts"), py::arg("prototypes"), py::arg("prototype_lengths"),
           py::arg("lengths"), py::arg("cosines"), py::arg("where"));

@@ -107,6 +107,7 @@ void multiply(const Image<T>& image, const Block& block, bool of_pixels, Product
 }
 
 void count_seeds(const Params& p) {
+    std::fill_n(p.counts, p.images * p.classes, 0);
     for (int64_t n = 0; n < p.images; ++n) {
         for (int64_t i = 0; i < p.pixels; ++i) {
             const int16_t c = p.seeds[n * p.pixels + i];
@@ -147,6 +148,8 @@ void find_prototypes(const Params& p, const Where& where) {
     count_seeds(p);
     each_block<T>(p, p.channels, where,
                   [](const Image<T>& image, const Block& block, const Present& present) {
+                      for (int64_t c = 0; c < image.p.classes; ++c)
+                          std::fill_n(image.prototype(c) + block.first, block.count, wide<T>{0});
                       add_segments(image, block, present);
                       for (int64_t k = 0; k < present.count(); ++k) {
                           wide<T>* const prototype = image.prototype(present[k]) + block.first;

@@ -8,19 +8,35 @@
 //
 // Sums over pixels and sums over channels have one form (Group), for what lies side by side in one layout is
 // apart in the other. A thread keeps the sums of up to kFew classes, so that features are read once for them;
-// more classes take another walk for each kFew, past features that L1 and L2 hold. A block lists its image's
+// more classes take another walk for each kFew, past features that caches hold. A block lists its image's
 // classes that have pixels in shared memory and walks only those.
-#include "prototype/cuda_group.h"
+//
+// Instructions of a warp for 32 numbers, read from sm_90's machine code, in the loops of an image of three
+// classes, fp32, NCHW (channels_last), and what they were when threads loaded one number at a time and loops
+// ran over eight classes, skipping those that an image has not:
+//   prototypes 6 (6), were 14 (17);       cosines 8 (8), were 74 (52);
+//   shares 6 (7), were 51 (68);           gradients 15 (13), were about 70 (75).
+// What is done once for a block adds 2 or 3 to each. An H200 has time for 142 in all while the five passes
+// move their bytes. Each thread has four loads of 16 bytes under way; P3 has 384 to 512 blocks of 256
+// threads, two or three of which a multiprocessor holds, so that 32 to 48 KB are under way in each.
+//
+// At this size a launch costs as much as a tenth of a pass, so there are six: seeds; prototypes, whose blocks
+// count pixels for themselves and write zeros too; cosines, whose blocks find the prototypes' lengths for
+// themselves from what they read anyway; weights of all kinds, a block for each image; shares; gradients. Of
+// two passes over the features the second goes backwards, as what was read last is still in L2.
 #include "prototype/cuda_levels.h"
+#include "prototype/cuda_present.h"
 #include "with_type.h"
 
 namespace wsss::prototype {
 namespace {
 
+constexpr int kManyThreads = 512, kSeedThreads = 128;
+
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) find_classes(SeedParams p, Divisor pixels, Divisor width) {
+__global__ void __launch_bounds__(kSeedThreads) find_classes(SeedParams p, Divisor pixels, Divisor width) {
     using W = wide<T>;
-    const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+    const int64_t at = static_cast<int64_t>(blockIdx.x) * kSeedThreads + threadIdx.x;
     if (at >= p.images * p.height * p.width) return;
     const uint32_t image = pixels.quotient(static_cast<uint32_t>(at));
     const uint32_t pixel = pixels.remainder(static_cast<uint32_t>(at), image), row = width.quotient(pixel);
@@ -30,6 +46,7 @@ __global__ void __launch_bounds__(kThreads, 2) find_classes(SeedParams p, Diviso
         static_cast<const T*>(p.cam) + image * p.strides.image + y * p.strides.y + x * p.strides.x;
     W best = static_cast<W>(cam[0]) * static_cast<W>(p.background_scale);
     int winner = 0;
+#pragma unroll 8
     for (int c = 1; c < p.classes; ++c) {
         const W number = static_cast<W>(cam[c * p.strides.channel]);
         if (!is_larger(number, best)) continue;
@@ -41,63 +58,6 @@ __global__ void __launch_bounds__(kThreads, 2) find_classes(SeedParams p, Diviso
     p.seeds[at] = static_cast<int16_t>(known ? winner : -1);
 }
 
-// Whole warps; one addition for all of a warp's pixels of a class.
-__global__ void __launch_bounds__(kThreads, 2) count_pixels(Params p, Divisor blocks) {
-    const uint32_t image = blocks.quotient(blockIdx.x);
-    const int64_t pixel = static_cast<int64_t>(blocks.remainder(blockIdx.x, image)) * kThreads + threadIdx.x;
-    const int seed = pixel < p.pixels ? p.seeds[image * p.pixels + pixel] : -1;
-    unsigned left = __ballot_sync(0xffffffffu, seed >= 0);
-    while (left != 0) {
-        const int leader = __ffs(static_cast<int>(left)) - 1;
-        const int c = __shfl_sync(0xffffffffu, seed, leader);
-        const unsigned same = __ballot_sync(0xffffffffu, seed == c);
-        if (static_cast<int>(threadIdx.x) % kWarp == leader)
-            atomicAdd(p.counts + image * p.classes + c, __popc(same));
-        left &= ~same;
-    }
-}
-
-// The classes of an image that have pixels.
-class Present {
-  public:
-    static size_t shared_bytes(const Params& p) { return sizeof(int16_t) * static_cast<size_t>(p.classes); }
-
-    // By a block of kWarp x kGroups threads, all of which call it.
-    __device__ Present(const Params& p, int64_t image, int16_t* shared) : classes_(shared) {
-        __shared__ int total;
-        if (threadIdx.y == 0) {
-            int found = 0;
-            for (int64_t first = 0; first < p.classes; first += kWarp) {
-                const int64_t c = first + threadIdx.x;
-                const bool here = c < p.classes && p.counts[image * p.classes + c] > 0;
-                const unsigned all = __ballot_sync(0xffffffffu, here);
-                if (here) shared[found + __popc(all & ((1u << threadIdx.x) - 1))] = static_cast<int16_t>(c);
-                found += __popc(all);
-            }
-            if (threadIdx.x == 0) total = found;
-        }
-        __syncthreads();
-        count_ = total;
-    }
-    __device__ int count() const { return count_; }
-    __device__ int64_t operator[](int k) const { return classes_[k]; }
-
-  private:
-    const int16_t* classes_;
-    int count_;
-};
-
-// visit(j, number) for this lane's share of an item's numbers.
-template <class T, bool kTogether, class Visit>
-__device__ void each_number(const T* features, uint32_t item, int64_t items, int64_t length,
-                            const Visit& visit) {
-    const T* const from = kTogether ? features + item : features + item * length;
-    const int64_t step = kTogether ? items : 1;
-    for (int64_t j = Group<kTogether>::lane(); j < length; j += Group<kTogether>::kLanes) {
-        visit(j, static_cast<wide<T>>(from[j * step]));
-    }
-}
-
 template <class W>
 __device__ W* row(void* data, const Params& p, int64_t image, int64_t c, int64_t length) {
     return static_cast<W*>(data) + (image * p.classes + c) * length;
@@ -107,225 +67,416 @@ __device__ const T* features_of(const Params& p, int64_t image) {
     return static_cast<const T*>(p.features) + image * p.image_stride;
 }
 
-template <class T, bool kTogether>
-__global__ void __launch_bounds__(kThreads, 2) find_prototypes(Params p, Items channels) {
+// Shared memory for sums of up to kFew classes and kMore other numbers of each item.
+template <class W, class Lanes, int kMore>
+struct Shared {
+    static constexpr int kCount = Lanes::kParts * Lanes::kPacks * ((kFew + kMore) * Lanes::kOwn + kFew);
+};
+
+// seeds[i] of the pixels that a load has.
+template <int kStep>
+__device__ __forceinline__ void load_seeds(const int16_t* from, int (&seeds)[kStep]) {
+    struct alignas(sizeof(int16_t) * kStep) Seeds {
+        int16_t numbers[kStep];
+    };
+    const Seeds all = *reinterpret_cast<const Seeds*>(from);
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) seeds[i] = all.numbers[i];
+}
+
+// Means of the channels of a block. Each block counts its image's pixels for itself; the first of an image
+// writes what it finds. Classes without pixels get zeros.
+template <class T, bool kTogether, int kCount>
+__global__ void __launch_bounds__(kThreads, blocks_at_once(kTogether, kCount))
+    find_prototypes(Params p, Items channels) {
     using W = wide<T>;
-    using Lanes = Group<kTogether>;
-    WSSS_DYNAMIC_SHARED(int16_t, shared);
-    const int64_t image = channels.image();
-    const uint32_t channel = channels.item<kTogether>();
-    const bool exists = channel < channels.count;
-    const Present present(p, image, shared);
+    using Lanes = Group<kTogether, kCount>;
+    WSSS_DYNAMIC_SHARED(int32_t, counts);
+    [[maybe_unused]] __shared__ W sums[Shared<W, Lanes, 0>::kCount];
+    const Place<Lanes> place(channels, blockIdx.x);
+    const int64_t image = place.image;
     const int16_t* const seeds = p.seeds + image * p.pixels;
+    count_pixels(seeds, p.pixels, p.classes, counts);
+    const Present present(counts, p.classes, reinterpret_cast<int16_t*>(counts + p.classes));
+    if (place.first == 0) {
+        for (int64_t c = threadIdx.x; c < p.classes; c += kThreads)
+            p.counts[image * p.classes + c] = counts[c];
+    }
+    for (int64_t i = threadIdx.x; i < p.classes * Lanes::kItems; i += kThreads) {
+        const int64_t c = i / Lanes::kItems;
+        const uint32_t channel = place.first + static_cast<uint32_t>(i % Lanes::kItems);
+        if (channel < place.count && counts[c] == 0)
+            row<W>(p.prototypes, p, image, c, p.channels)[channel] = 0;
+    }
+    const Loads<T, kTogether, kCount> loads(features_of<T>(p, image), place, static_cast<uint32_t>(p.pixels));
     for (int first = 0; first < present.count(); first += kFew) {
-        const int count = min(kFew, present.count() - first);
-        int classes[kFew];
-        W sums[kFew] = {};
+        with_few(present.count() - first, [&](auto few) {
+            constexpr int kClasses = decltype(few)::kCount;
+            int classes[kClasses];
+            W own[kClasses * Lanes::kOwn] = {};
 #pragma unroll
-        for (int k = 0; k < kFew; ++k) classes[k] = k < count ? static_cast<int>(present[first + k]) : -2;
-        if (exists) {
-            each_number<T, kTogether>(features_of<T>(p, image), channel, p.channels, p.pixels,
-                                      [&](int64_t j, W number) {
-                                          const int seed = seeds[j];
+            for (int k = 0; k < kClasses; ++k) classes[k] = present[first + k];
+            each_number<4>(loads, p.pixels, [&](int64_t j, const W(&numbers)[Lanes::kOwn][Lanes::kStep]) {
+                int of_pixels[Lanes::kStep];
+                load_seeds(seeds + j, of_pixels);
 #pragma unroll
-                                          for (int k = 0; k < kFew; ++k) {
-                                              if (k < count && seed == classes[k]) sums[k] += number;
-                                          }
-                                      });
-        }
+                for (int s = 0; s < Lanes::kStep; ++s) {
 #pragma unroll
-        for (int k = 0; k < kFew; ++k) {
-            if (k >= count) continue;
-            const W sum = Lanes::sum(sums[k]);
-            if (!exists || Lanes::lane() != 0) continue;
-            const W pixels = static_cast<W>(p.counts[image * p.classes + classes[k]]);
-            row<W>(p.prototypes, p, image, classes[k], p.channels)[channel] = sum / pixels;
-        }
+                    for (int k = 0; k < kClasses; ++k) {
+                        if (of_pixels[s] != classes[k]) continue;
+#pragma unroll
+                        for (int i = 0; i < Lanes::kOwn; ++i) own[k * Lanes::kOwn + i] += numbers[i][s];
+                    }
+                }
+            });
+            Lanes::add(own, sums);
+            const int count = min(kClasses, present.count() - first);
+            for (int i = static_cast<int>(threadIdx.x); i < count * Lanes::kItems; i += kThreads) {
+                const int k = i / Lanes::kItems, item = i % Lanes::kItems;
+                const uint32_t channel = place.first + static_cast<uint32_t>(item);
+                if (channel >= place.count) continue;
+                const int c = present[first + k];
+                const W sum = sums[Lanes::at(k * Lanes::kOwn + item % Lanes::kOwn, item / Lanes::kOwn)];
+                row<W>(p.prototypes, p, image, c, p.channels)[channel] = sum / static_cast<W>(counts[c]);
+            }
+        });
     }
 }
 
-// A warp for each class of each image.
-template <class W>
-__global__ void __launch_bounds__(kThreads, 2) find_lengths(Params p) {
-    using Lanes = Group<false>;
-    const int64_t at = blockIdx.x * static_cast<int64_t>(kGroups) + threadIdx.y;
-    const bool exists = at < p.images * p.classes;
-    W squares = 0;
-    if (exists && p.counts[at] > 0) {
-        const W* const prototype = static_cast<const W*>(p.prototypes) + at * p.channels;
-        for (int64_t d = threadIdx.x; d < p.channels; d += kWarp) squares += prototype[d] * prototype[d];
-    }
-    squares = Lanes::sum(squares);
-    if (exists && threadIdx.x == 0) static_cast<W*>(p.prototype_lengths)[at] = sqrt(squares);
-}
-
-template <class T, bool kTogether>
-__global__ void __launch_bounds__(kThreads, 2) find_cosines(Params p, Items pixels) {
+// Cosines of the pixels of a block. Each finds the lengths of the prototypes, which it reads, for itself; the
+// first of an image writes them. Blocks go backwards, as what was read last is still in L2.
+template <class T, bool kTogether, int kCount>
+__global__ void __launch_bounds__(kThreads, blocks_at_once(kTogether, kCount))
+    find_cosines(Params p, Items pixels) {
     using W = wide<T>;
-    using Lanes = Group<kTogether>;
+    using Lanes = Group<kTogether, kCount>;
+    constexpr int kUnderWay = kTogether || kCount < 8 ? 4 : 2;  // for which there are registers
     WSSS_DYNAMIC_SHARED(int16_t, shared);
-    const int64_t image = pixels.image();
-    const uint32_t pixel = pixels.item<kTogether>();
-    const bool exists = pixel < pixels.count;
-    const Present present(p, image, shared);
-    for (int64_t c = Lanes::lane(); exists && c < p.classes; c += Lanes::kLanes) {
-        if (p.counts[image * p.classes + c] == 0) row<W>(p.cosines, p, image, c, p.pixels)[pixel] = 0;
+    [[maybe_unused]] __shared__ W sums[Shared<W, Lanes, 1>::kCount];
+    const Place<Lanes> place(pixels, gridDim.x - 1 - blockIdx.x);
+    const int64_t image = place.image;
+    const int32_t* const counts = p.counts + image * p.classes;
+    const Present present(counts, p.classes, shared);
+    for (int64_t i = threadIdx.x; i < p.classes * Lanes::kItems; i += kThreads) {
+        const int64_t c = i / Lanes::kItems;
+        const uint32_t pixel = place.first + static_cast<uint32_t>(i % Lanes::kItems);
+        if (pixel < place.count && counts[c] == 0) row<W>(p.cosines, p, image, c, p.pixels)[pixel] = 0;
     }
+    W* const prototype_lengths = static_cast<W*>(p.prototype_lengths) + image * p.classes;
+    for (int64_t c = threadIdx.x; c < p.classes && place.first == 0; c += kThreads) {
+        if (counts[c] == 0) prototype_lengths[c] = 0;
+    }
+    const Loads<T, kTogether, kCount> loads(features_of<T>(p, image), place,
+                                            static_cast<uint32_t>(p.channels));
     int first = 0;
     do {  // once too where no class has pixels, for the lengths
+        with_few(present.count() - first, [&](auto few) {
+            constexpr int kClasses = decltype(few)::kCount;
+            constexpr int kSquares = kClasses * Lanes::kOwn, kLengths = kSquares + Lanes::kOwn;
+            const int count = min(kClasses, present.count() - first);
+            const W* prototypes[kClasses];
+            W own[kLengths + kClasses] = {};
+#pragma unroll
+            for (int k = 0; k < kClasses; ++k) {
+                prototypes[k] =
+                    row<W>(p.prototypes, p, image, count > 0 ? present[first + k] : 0, p.channels);
+            }
+            each_number<kUnderWay>(loads, p.channels,
+                                   [&](int64_t d, const W(&numbers)[Lanes::kOwn][Lanes::kStep]) {
+                                       W others[kClasses][Lanes::kStep];
+#pragma unroll
+                                       for (int k = 0; k < kClasses; ++k)
+                                           load_wide(prototypes[k] + d, others[k]);
+#pragma unroll
+                                       for (int s = 0; s < Lanes::kStep; ++s) {
+#pragma unroll
+                                           for (int k = 0; k < kClasses; ++k)
+                                               own[kLengths + k] += others[k][s] * others[k][s];
+#pragma unroll
+                                           for (int i = 0; i < Lanes::kOwn; ++i) {
+                                               own[kSquares + i] += numbers[i][s] * numbers[i][s];
+#pragma unroll
+                                               for (int k = 0; k < kClasses; ++k)
+                                                   own[k * Lanes::kOwn + i] += numbers[i][s] * others[k][s];
+                                           }
+                                       }
+                                   });
+            Lanes::add(own, sums);
+            const auto length_of = [&](int k, int pack) { return sqrt(sums[Lanes::at(kLengths + k, pack)]); };
+            for (int i = static_cast<int>(threadIdx.x); i < max(count, 1) * Lanes::kItems; i += kThreads) {
+                const int k = i / Lanes::kItems, item = i % Lanes::kItems, pack = item / Lanes::kOwn;
+                const uint32_t pixel = place.first + static_cast<uint32_t>(item);
+                if (pixel >= place.count) continue;
+                const W length = sqrt(sums[Lanes::at(kSquares + item % Lanes::kOwn, pack)]);
+                if (k == 0) static_cast<W*>(p.lengths)[image * p.pixels + pixel] = length;
+                if (k >= count) continue;
+                const W dot = sums[Lanes::at(k * Lanes::kOwn + item % Lanes::kOwn, pack)];
+                const W cosine = dot / at_least_epsilon(length) / at_least_epsilon(length_of(k, pack));
+                row<W>(p.cosines, p, image, present[first + k], p.pixels)[pixel] =
+                    passes(cosine) ? cosine : W{0};
+            }
+            const int k = static_cast<int>(threadIdx.x);
+            if (place.first == 0 && k < count) prototype_lengths[present[first + k]] = length_of(k, 0);
+        });
+        first += kFew;
+    } while (first < present.count());
+}
+
+// Of all threads' values, to each of them.
+template <class W>
+__device__ W add_block(W value) {
+    __shared__ W of_warp[kManyThreads / kWarp];
+    for (int step = kWarp / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+    __syncthreads();
+    if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
+    __syncthreads();
+    value = of_warp[0];
+    for (int warp = 1; warp < kManyThreads / kWarp; ++warp) value += of_warp[warp];
+    return value;
+}
+
+template <class W>
+__device__ W prototype_length(const Params& p, int64_t image, int64_t c) {
+    return at_least_epsilon(static_cast<const W*>(p.prototype_lengths)[image * p.classes + c]);
+}
+
+// weights, here divided by the prototypes' lengths too, selves and alongs; a block for each image.
+template <class W>
+__global__ void __launch_bounds__(kManyThreads) find_weights(Params p) {
+    WSSS_DYNAMIC_SHARED(int16_t, shared);
+    const int64_t image = blockIdx.x;
+    const Present present(p.counts + image * p.classes, p.classes, shared);
+    W* const selves = static_cast<W*>(p.selves) + image * p.pixels;
+    int first = 0;
+    do {  // once too where no class has pixels, for the selves
         const int count = min(kFew, present.count() - first);
-        const W* prototypes[kFew];
-        W sums[kFew] = {}, squares = 0;
+        W alongs[kFew] = {}, inverses[kFew];
 #pragma unroll
-        for (int k = 0; k < kFew; ++k) {
-            prototypes[k] = row<W>(p.prototypes, p, image, k < count ? present[first + k] : 0, p.channels);
-        }
-        if (exists) {
-            each_number<T, kTogether>(features_of<T>(p, image), pixel, p.pixels, p.channels,
-                                      [&](int64_t d, W number) {
-                                          squares += number * number;
+        for (int k = 0; k < kFew; ++k)
+            inverses[k] = k < count ? 1 / prototype_length<W>(p, image, present[first + k]) : W{0};
+        for (int64_t pixel = threadIdx.x; pixel < p.pixels; pixel += kManyThreads) {
+            const W length = static_cast<const W*>(p.lengths)[image * p.pixels + pixel];
+            W gradients[kFew], cosines[kFew], self = first == 0 ? W{0} : selves[pixel];
 #pragma unroll
-                                          for (int k = 0; k < kFew; ++k) {
-                                              if (k < count) sums[k] += number * prototypes[k][d];
-                                          }
-                                      });
+            for (int k = 0; k < kFew; ++k) {
+                if (k >= count) continue;
+                const int64_t at = (image * p.classes + present[first + k]) * p.pixels + pixel;
+                gradients[k] = static_cast<const W*>(p.gradient)[at];
+                cosines[k] = static_cast<const W*>(p.cosines)[at];
+            }
+#pragma unroll
+            for (int k = 0; k < kFew; ++k) {
+                if (k >= count) continue;
+                const W weight = find_weight(gradients[k], cosines[k], length);
+                row<W>(p.weights, p, image, present[first + k], p.pixels)[pixel] = weight * inverses[k];
+                self += divide_by_length(weight * cosines[k], length);
+                if (passes(cosines[k])) alongs[k] += gradients[k] * cosines[k];
+            }
+            selves[pixel] = self;
         }
-        const W length = sqrt(Lanes::sum(squares));
-        const bool writes = exists && Lanes::lane() == 0;
-        if (writes) static_cast<W*>(p.lengths)[image * p.pixels + pixel] = length;
 #pragma unroll
         for (int k = 0; k < kFew; ++k) {
             if (k >= count) continue;
-            const W dot = Lanes::sum(sums[k]);
-            const int64_t c = present[first + k];
-            const W other = static_cast<const W*>(p.prototype_lengths)[image * p.classes + c];
-            const W cosine = dot / at_least_epsilon(length) / at_least_epsilon(other);
-            if (writes) row<W>(p.cosines, p, image, c, p.pixels)[pixel] = passes(cosine) ? cosine : W{0};
+            const W along = add_block(alongs[k]);
+            if (threadIdx.x == 0) static_cast<W*>(p.alongs)[image * p.classes + present[first + k]] = along;
         }
         first += kFew;
     } while (first < present.count());
 }
 
-// weights and selves; a thread for each pixel.
-template <class W>
-__global__ void __launch_bounds__(kThreads, 2) find_weights(Params p, Divisor blocks) {
-    const uint32_t image = blocks.quotient(blockIdx.x);
-    const int64_t pixel = static_cast<int64_t>(blocks.remainder(blockIdx.x, image)) * kThreads + threadIdx.x;
-    if (pixel >= p.pixels) return;
-    const W length = static_cast<const W*>(p.lengths)[image * p.pixels + pixel];
-    W self = 0;
-    for (int64_t c = 0; c < p.classes; ++c) {
-        if (p.counts[image * p.classes + c] == 0) continue;
-        const int64_t at = (image * p.classes + c) * p.pixels + pixel;
-        const W cosine = static_cast<const W*>(p.cosines)[at];
-        const W weight = find_weight(static_cast<const W*>(p.gradient)[at], cosine, length);
-        static_cast<W*>(p.weights)[at] = weight;
-        self += weight * cosine;
-    }
-    static_cast<W*>(p.selves)[image * p.pixels + pixel] = divide_by_length(self, length);
-}
-
-// alongs; a warp for each class of each image.
-template <class W>
-__global__ void __launch_bounds__(kThreads, 2) find_alongs(Params p) {
-    using Lanes = Group<false>;
-    const int64_t at = blockIdx.x * static_cast<int64_t>(kGroups) + threadIdx.y;
-    const bool exists = at < p.images * p.classes;
-    W along = 0;
-    if (exists && p.counts[at] > 0) {
-        for (int64_t i = threadIdx.x; i < p.pixels; i += kWarp) {
-            const W cosine = static_cast<const W*>(p.cosines)[at * p.pixels + i];
-            if (passes(cosine)) along += static_cast<const W*>(p.gradient)[at * p.pixels + i] * cosine;
-        }
-    }
-    along = Lanes::sum(along);
-    if (exists && threadIdx.x == 0) static_cast<W*>(p.alongs)[at] = along;
-}
-
-template <class T, bool kTogether>
-__global__ void __launch_bounds__(kThreads, 2) find_shares(Params p, Items channels) {
+template <class T, bool kTogether, int kCount>
+__global__ void __launch_bounds__(kThreads, blocks_at_once(kTogether, kCount))
+    find_shares(Params p, Items channels) {
     using W = wide<T>;
-    using Lanes = Group<kTogether>;
+    using Lanes = Group<kTogether, kCount>;
     WSSS_DYNAMIC_SHARED(int16_t, shared);
-    const int64_t image = channels.image();
-    const uint32_t channel = channels.item<kTogether>();
-    const bool exists = channel < channels.count;
-    const Present present(p, image, shared);
+    [[maybe_unused]] __shared__ W sums[Shared<W, Lanes, 0>::kCount];
+    const Place<Lanes> place(channels, blockIdx.x);
+    const int64_t image = place.image;
+    const Present present(p.counts + image * p.classes, p.classes, shared);
+    const Loads<T, kTogether, kCount> loads(features_of<T>(p, image), place, static_cast<uint32_t>(p.pixels));
     for (int first = 0; first < present.count(); first += kFew) {
-        const int count = min(kFew, present.count() - first);
-        const W* weights[kFew];
-        W sums[kFew] = {};
+        with_few(present.count() - first, [&](auto few) {
+            constexpr int kClasses = decltype(few)::kCount;
+            const W* weights[kClasses];
+            W own[kClasses * Lanes::kOwn] = {};
 #pragma unroll
-        for (int k = 0; k < kFew; ++k) {
-            weights[k] = row<W>(p.weights, p, image, k < count ? present[first + k] : 0, p.pixels);
-        }
-        if (exists) {
-            each_number<T, kTogether>(features_of<T>(p, image), channel, p.channels, p.pixels,
-                                      [&](int64_t j, W number) {
+            for (int k = 0; k < kClasses; ++k)
+                weights[k] = row<W>(p.weights, p, image, present[first + k], p.pixels);
+            each_number<4>(loads, p.pixels, [&](int64_t j, const W(&numbers)[Lanes::kOwn][Lanes::kStep]) {
 #pragma unroll
-                                          for (int k = 0; k < kFew; ++k) {
-                                              if (k < count) sums[k] += number * weights[k][j];
-                                          }
-                                      });
-        }
+                for (int k = 0; k < kClasses; ++k) {
+                    W others[Lanes::kStep];
+                    load_wide(weights[k] + j, others);
 #pragma unroll
-        for (int k = 0; k < kFew; ++k) {
-            if (k >= count) continue;
-            const W sum = Lanes::sum(sums[k]);
-            if (!exists || Lanes::lane() != 0) continue;
-            const int64_t c = present[first + k], at = image * p.classes + c;
-            const W prototype = row<W>(p.prototypes, p, image, c, p.channels)[channel];
-            row<W>(p.shares, p, image, c, p.channels)[channel] =
-                find_share(sum, static_cast<const W*>(p.alongs)[at], prototype,
-                           static_cast<const W*>(p.prototype_lengths)[at], p.counts[at]);
-        }
+                    for (int s = 0; s < Lanes::kStep; ++s) {
+#pragma unroll
+                        for (int i = 0; i < Lanes::kOwn; ++i)
+                            own[k * Lanes::kOwn + i] += numbers[i][s] * others[s];
+                    }
+                }
+            });
+            Lanes::add(own, sums);
+            const int count = min(kClasses, present.count() - first);
+            for (int i = static_cast<int>(threadIdx.x); i < count * Lanes::kItems; i += kThreads) {
+                const int k = i / Lanes::kItems, item = i % Lanes::kItems;
+                const uint32_t channel = place.first + static_cast<uint32_t>(item);
+                if (channel >= place.count) continue;
+                const int64_t c = present[first + k], at = image * p.classes + c;
+                const W sum = sums[Lanes::at(k * Lanes::kOwn + item % Lanes::kOwn, item / Lanes::kOwn)];
+                const W prototype = row<W>(p.prototypes, p, image, c, p.channels)[channel];
+                row<W>(p.shares, p, image, c, p.channels)[channel] =
+                    find_share(sum * prototype_length<W>(p, image, c), static_cast<const W*>(p.alongs)[at],
+                               prototype, static_cast<const W*>(p.prototype_lengths)[at], p.counts[at]);
+            }
+        });
     }
 }
 
-template <class T, bool kTogether>
+// What the pixels of a thread get through their prototypes.
+template <class W, class Lanes>
+struct SharesOf {
+    const W* rows;             // of the image's classes
+    int offsets[Lanes::kOwn];  // of the pixels' rows; negative: nothing
+
+    __device__ SharesOf(const Params& p, const Place<Lanes>& place)
+        : rows(row<W>(p.shares, p, place.image, 0, p.channels)) {
+#pragma unroll
+        for (int i = 0; i < Lanes::kOwn; ++i) {
+            const int seed = p.seeds[place.image * p.pixels + place.readable(i)];
+            offsets[i] = p.shares != nullptr && seed >= 0 ? seed * static_cast<int>(p.channels) : -1;
+        }
+    }
+    __device__ void add_to(W (&numbers)[Lanes::kStep], int i, int64_t d) const {
+        constexpr int kVector = Lanes::kStep == 1 ? 1 : 16 / sizeof(W);
+#pragma unroll
+        for (int s = 0; s < Lanes::kStep; s += kVector) {
+            W shares[kVector];
+            widen(load_if<W, kVector>(offsets[i] >= 0, rows + d + s + offsets[i]), shares);
+#pragma unroll
+            for (int j = 0; j < kVector; ++j) numbers[s + j] += shares[j];
+        }
+    }
+};
+
+// Where a thread writes the gradients of its pixels.
+template <class T, bool kTogether, int kCount>
+struct Stores {
+    using Lanes = Group<kTogether, kCount>;
+    T* to;
+    int64_t step;
+    uint32_t existing;  // of the thread's pixels
+
+    __device__ Stores(const Params& p, const Place<Lanes>& place)
+        : to(static_cast<T*>(p.feature_gradient) + place.image * p.channels * p.pixels +
+             place.own(0) * (kTogether ? 1 : p.channels)),
+          step(kTogether ? p.pixels : p.channels),
+          existing(place.own(0) < place.count ? place.count - place.own(0) : 0) {}
+
+    __device__ void write(int64_t d, const wide<T> (&numbers)[Lanes::kOwn][Lanes::kStep]) const {
+        if constexpr (kTogether) {
+            wide<T> flat[kCount];
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) flat[i] = numbers[i][0];
+            if (existing != 0) store_once(to + d * step, narrow<T, kCount>(flat));
+        } else {
+#pragma unroll
+            for (uint32_t i = 0; i < Lanes::kOwn; ++i) {
+                if (i < existing) store_once(to + i * step + d, narrow<T, kCount>(numbers[i]));
+            }
+        }
+    }
+};
+
+// Gradients of the features; backwards, as in find_cosines.
+template <class T, bool kTogether, int kCount>
 __global__ void __launch_bounds__(kThreads, 2) write_gradients(Params p, Items pixels) {
     using W = wide<T>;
+    using Lanes = Group<kTogether, kCount>;
     WSSS_DYNAMIC_SHARED(int16_t, shared);
-    const int64_t image = pixels.image();
-    const uint32_t pixel = pixels.item<kTogether>();
-    const Present present(p, image, shared);
-    if (pixel >= pixels.count) return;
-    const int seed = p.seeds[image * p.pixels + pixel];
-    const W* const shares =
-        p.shares != nullptr && seed >= 0 ? row<W>(p.shares, p, image, seed, p.channels) : nullptr;
-    const int count = p.gradient == nullptr ? 0 : present.count();
-    const auto factor = [&](int k) {
-        const int64_t c = present[k];
-        return row<W>(p.weights, p, image, c, p.pixels)[pixel] /
-               at_least_epsilon(static_cast<const W*>(p.prototype_lengths)[image * p.classes + c]);
+    const Place<Lanes> place(pixels, gridDim.x - 1 - blockIdx.x);
+    const int64_t image = place.image;
+    const Present present(p.counts + image * p.classes, p.classes, shared);
+    const SharesOf<W, Lanes> shares(p, place);
+    const Stores<T, kTogether, kCount> stores(p, place);
+    const Loads<T, kTogether, kCount> loads(features_of<T>(p, image), place,
+                                            static_cast<uint32_t>(p.channels));
+    const auto weight = [&](int k, int i) {
+        return row<W>(p.weights, p, image, present[k], p.pixels)[place.readable(i)];
     };
-    const W* prototypes[kFew];
-    W factors[kFew];
+    const auto add_class = [&](W(&numbers)[Lanes::kOwn][Lanes::kStep], const W* prototype,
+                               const W(&factors)[Lanes::kOwn]) {
+        W others[Lanes::kStep];
+        load_wide(prototype, others);
 #pragma unroll
-    for (int k = 0; k < kFew; ++k) {
-        prototypes[k] = row<W>(p.prototypes, p, image, k < count ? present[k] : 0, p.channels);
-        factors[k] = k < count ? factor(k) : W{0};
-    }
-    const W self = p.gradient == nullptr ? W{0} : static_cast<const W*>(p.selves)[image * p.pixels + pixel];
-    const int64_t start = image * p.channels * p.pixels + (kTogether ? pixel : pixel * p.channels);
-    T* const to = static_cast<T*>(p.feature_gradient) + start;
-    const int64_t step = kTogether ? p.pixels : 1;
-    const auto write = [&](int64_t d, W own) {
+        for (int i = 0; i < Lanes::kOwn; ++i) {
 #pragma unroll
-        for (int k = 0; k < kFew; ++k) {
-            if (k < count) own += factors[k] * prototypes[k][d];
+            for (int s = 0; s < Lanes::kStep; ++s) numbers[i][s] += factors[i] * others[s];
         }
-        for (int k = kFew; k < count; ++k)
-            own += factor(k) * row<W>(p.prototypes, p, image, present[k], p.channels)[d];
-        to[d * step] = static_cast<T>(shares == nullptr ? own : own + shares[d]);
     };
-    if (p.gradient == nullptr) {
-        for (int64_t d = Group<kTogether>::lane(); d < p.channels; d += Group<kTogether>::kLanes)
-            write(d, W{0});
+    W selves[Lanes::kOwn];
+#pragma unroll
+    for (int i = 0; i < Lanes::kOwn; ++i)
+        selves[i] = -static_cast<const W*>(p.selves)[image * p.pixels + place.readable(i)];
+    const auto write = [&](const auto& add_classes) {
+        each_number<kCount == 8 ? 2 : 4>(loads, p.channels,
+                                         [&](int64_t d, W(&numbers)[Lanes::kOwn][Lanes::kStep]) {
+#pragma unroll
+                                             for (int i = 0; i < Lanes::kOwn; ++i) {
+#pragma unroll
+                                                 for (int s = 0; s < Lanes::kStep; ++s)
+                                                     numbers[i][s] *= selves[i];
+                                             }
+                                             add_classes(d, numbers);
+#pragma unroll
+                                             for (int i = 0; i < Lanes::kOwn; ++i)
+                                                 shares.add_to(numbers[i], i, d);
+                                             stores.write(d, numbers);
+                                         });
+    };
+    constexpr int kMost = kCount == 8 ? 3 : kFew;  // for which there are registers
+    if (present.count() > kMost) {                 // seldom
+        write([&](int64_t d, W(&numbers)[Lanes::kOwn][Lanes::kStep]) {
+#pragma unroll 1
+            for (int k = 0; k < present.count(); ++k) {
+                W factors[Lanes::kOwn];
+#pragma unroll
+                for (int i = 0; i < Lanes::kOwn; ++i) factors[i] = weight(k, i);
+                add_class(numbers, row<W>(p.prototypes, p, image, present[k], p.channels) + d, factors);
+            }
+        });
         return;
     }
-    each_number<T, kTogether>(features_of<T>(p, image), pixel, p.pixels, p.channels,
-                              [&](int64_t d, W number) { write(d, -self * number); });
+    with_few<kMost>(present.count(), [&](auto few) {
+        constexpr int kClasses = decltype(few)::kCount;
+        const W* prototypes[kClasses];
+        W factors[kClasses][Lanes::kOwn];
+#pragma unroll
+        for (int k = 0; k < kClasses; ++k) {
+            prototypes[k] = row<W>(p.prototypes, p, image, present.count() > 0 ? present[k] : 0, p.channels);
+#pragma unroll
+            for (int i = 0; i < Lanes::kOwn; ++i) factors[k][i] = k < present.count() ? weight(k, i) : W{0};
+        }
+        write([&](int64_t d, W(&numbers)[Lanes::kOwn][Lanes::kStep]) {
+#pragma unroll
+            for (int k = 0; k < kClasses; ++k) add_class(numbers, prototypes[k] + d, factors[k]);
+        });
+    });
+}
+
+// What pixels get through their prototypes, alone.
+template <class T, bool kTogether, int kCount>
+__global__ void __launch_bounds__(kThreads, 2) spread_shares(Params p, Items pixels) {
+    using Lanes = Group<kTogether, kCount>;
+    const Place<Lanes> place(pixels, blockIdx.x);
+    const SharesOf<wide<T>, Lanes> shares(p, place);
+    const Stores<T, kTogether, kCount> stores(p, place);
+    for (int d = Lanes::lane() * Lanes::kStep; d < p.channels; d += Lanes::kLanes * Lanes::kStep) {
+        wide<T> numbers[Lanes::kOwn][Lanes::kStep] = {};
+#pragma unroll
+        for (int i = 0; i < Lanes::kOwn; ++i) shares.add_to(numbers[i], i, d);
+        stores.write(d, numbers);
+    }
 }
 
 // run(type, std::bool_constant) with whether pixels are side by side.
@@ -335,74 +486,88 @@ void with_layout(bool channels_last, const Run& run) {
     run(Type<std::true_type>());
 }
 
-Divisor pixel_blocks(const Params& p) {
-    return Divisor(static_cast<uint32_t>(ceil_div<int64_t>(p.pixels, kThreads)));
-}
-dim3 per_pixel(const Params& p) {
-    return dim3(static_cast<unsigned>(p.images * ceil_div<int64_t>(p.pixels, kThreads)));
-}
-dim3 per_class(const Params& p) {
-    return dim3(static_cast<unsigned>(ceil_div<int64_t>(p.images * p.classes, kGroups)));
-}
-
-// A kernel whose blocks list the classes, for the items of all images.
-template <bool kTogether>
-void launch_group(void (*kernel)(Params, Items), const Params& p, int64_t items, const Where& where) {
-    launch(kernel, group_blocks<kTogether>(p.images, items), group_threads(), Present::shared_bytes(p),
-           where.stream, p, Items::of<kTogether>(items));
-}
-
-template <class T, bool kPixelsTogether>
-void run_differentiate(const Params& p, const Where& where) {
-    using W = wide<T>;
-    if (p.gradient != nullptr) {
-        launch(find_weights<W>, per_pixel(p), dim3(kThreads), 0, where.stream, p, pixel_blocks(p));
-        if (p.shares != nullptr) {
-            launch(find_alongs<W>, per_class(p), group_threads(), 0, where.stream, p);
-            launch_group<!kPixelsTogether>(find_shares<T, !kPixelsTogether>, p, p.channels, where);
-        }
+// run(std::integral_constant) with how many numbers a load has: 16 bytes where all addresses allow that.
+template <class T, class Run>
+void with_count(const Params& p, const Run& run) {
+    constexpr int kCount = 16 / sizeof(T);
+    uint64_t bits =
+        static_cast<uint64_t>(p.image_stride | (p.channels_last ? p.channels : p.pixels)) * sizeof(T);
+    const void* const pointers[] = {p.features, p.feature_gradient, p.prototypes,
+                                    p.weights,  p.shares,           p.seeds};
+    for (const void* pointer : pointers) {
+        bits |= reinterpret_cast<uintptr_t>(pointer);
     }
-    launch_group<kPixelsTogether>(write_gradients<T, kPixelsTogether>, p, p.pixels, where);
+    if (bits % 16 == 0) return run(std::integral_constant<int, kCount>());
+    run(std::integral_constant<int, 1>());
+}
+
+// run(type, layout, count) for the kernels of features.
+template <class Run>
+void with_kernels(const Params& p, const Run& run) {
+    with_type(p.dtype, [&](auto type) {
+        with_layout(p.channels_last, [&](auto layout) {
+            with_count<typename decltype(type)::type>(p, [&](auto count) { run(type, layout, count); });
+        });
+    });
+}
+
+// A kernel for the items of all images.
+template <class Lanes>
+void launch_group(void (*kernel)(Params, Items), const Params& p, int64_t items, size_t shared_bytes,
+                  const Where& where) {
+    launch(kernel, group_blocks<Lanes>(p.images, items), dim3(kThreads), shared_bytes, where.stream, p,
+           Items::of<Lanes>(items));
 }
 
 }  // namespace
 
 void find_seeds(const SeedParams& p, const Where& where) {
-    const int64_t blocks = ceil_div<int64_t>(p.images * p.height * p.width, kThreads);
+    const int64_t blocks = ceil_div<int64_t>(p.images * p.height * p.width, kSeedThreads);
     with_type(p.dtype, [&](auto type) {
         launch(find_classes<typename decltype(type)::type>, dim3(static_cast<unsigned>(blocks)),
-               dim3(kThreads), 0, where.stream, p, Divisor(static_cast<uint32_t>(p.height * p.width)),
+               dim3(kSeedThreads), 0, where.stream, p, Divisor(static_cast<uint32_t>(p.height * p.width)),
                Divisor(static_cast<uint32_t>(p.width)));
     });
 }
 
 void average(const Params& p, const Where& where) {
-    launch(count_pixels, per_pixel(p), dim3(kThreads), 0, where.stream, p, pixel_blocks(p));
-    with_type(p.dtype, [&](auto type) {
-        with_layout(p.channels_last, [&](auto layout) {
-            constexpr bool kTogether = !decltype(layout)::type::value;
-            launch_group<kTogether>(find_prototypes<typename decltype(type)::type, kTogether>, p, p.channels,
-                                    where);
-        });
+    with_kernels(p, [&](auto type, auto layout, auto count) {
+        using T = typename decltype(type)::type;
+        constexpr bool kTogether = !decltype(layout)::type::value;
+        constexpr int kCount = decltype(count)::value;
+        launch_group<Group<kTogether, kCount>>(find_prototypes<T, kTogether, kCount>, p, p.channels,
+                                               Present::counting_bytes(p), where);
     });
 }
 
 void compare(const Params& p, const Where& where) {
-    with_type(p.dtype, [&](auto type) {
+    with_kernels(p, [&](auto type, auto layout, auto count) {
         using T = typename decltype(type)::type;
-        launch(find_lengths<wide<T>>, per_class(p), group_threads(), 0, where.stream, p);
-        with_layout(p.channels_last, [&](auto layout) {
-            constexpr bool kTogether = decltype(layout)::type::value;
-            launch_group<kTogether>(find_cosines<T, kTogether>, p, p.pixels, where);
-        });
+        constexpr bool kTogether = decltype(layout)::type::value;
+        constexpr int kCount = decltype(count)::value;
+        launch_group<Group<kTogether, kCount>>(find_cosines<T, kTogether, kCount>, p, p.pixels,
+                                               Present::shared_bytes(p), where);
     });
 }
 
 void differentiate(const Params& p, const Where& where) {
-    with_type(p.dtype, [&](auto type) {
-        with_layout(p.channels_last, [&](auto layout) {
-            run_differentiate<typename decltype(type)::type, decltype(layout)::type::value>(p, where);
-        });
+    with_kernels(p, [&](auto type, auto layout, auto count) {
+        using T = typename decltype(type)::type;
+        constexpr bool kPixels = decltype(layout)::type::value;
+        constexpr int kCount = decltype(count)::value;
+        using Pixels = Group<kPixels, kCount>;
+        if (p.gradient == nullptr) {
+            launch_group<Pixels>(spread_shares<T, kPixels, kCount>, p, p.pixels, 0, where);
+            return;
+        }
+        launch(find_weights<wide<T>>, dim3(static_cast<unsigned>(p.images)), dim3(kManyThreads),
+               Present::shared_bytes(p), where.stream, p);
+        if (p.shares != nullptr) {
+            launch_group<Group<!kPixels, kCount>>(find_shares<T, !kPixels, kCount>, p, p.channels,
+                                                  Present::shared_bytes(p), where);
+        }
+        launch_group<Pixels>(write_gradients<T, kPixels, kCount>, p, p.pixels, Present::shared_bytes(p),
+                             where);
     });
 }
 
@@ -416,7 +581,7 @@ void resize_level(const LevelParams& p, const Where& where) {
 
 void differentiate_level(const LevelParams& p, const Where& where) {
     with_type(p.dtype, [&](auto type) {
-        with_layout(p.resized_strides.channel == 1, [&](auto layout) {
+        with_layout(p.gradient_strides.channel == 1, [&](auto layout) {
             run_differentiate<typename decltype(type)::type, decltype(layout)::type::value>(p, where);
         });
     });

@@ -37,8 +37,6 @@ struct LevelParams {
     bool normalise;
     const void* level;  // [images][channels][height][width]
     Strides strides;
-    void* scales;  // wide [images][height][width]: what a level's pixels are multiplied by; scratch, on CUDA
-                   // alone
 
     void* resized;  // written by the forward; [images][channels][out_height][out_width]
     const void* resized_gradient;
@@ -58,10 +56,10 @@ struct Params {
     int64_t images, classes, channels, pixels;
     bool channels_last;
     const void* features;
-    int64_t image_stride;  // of the features, in elements
-    const int16_t* seeds;  // [images][pixels]
-    int32_t* counts;       // [images][classes]: of pixels; zeros that `average` adds to
-    void* prototypes;  // wide [images][classes][channels]: zeros, where `average` writes those with pixels
+    int64_t image_stride;     // of the features, in elements
+    const int16_t* seeds;     // [images][pixels]
+    int32_t* counts;          // [images][classes]: of pixels; written by `average`, as the next
+    void* prototypes;         // wide [images][classes][channels]: zeros for classes without pixels
     void* prototype_lengths;  // wide [images][classes]; written by `compare`, as the next two
     void* lengths;            // wide [images][pixels]: of the features
     void* cosines;            // wide [images][classes][pixels]: relu of them
