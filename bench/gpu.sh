@@ -7,6 +7,7 @@
 #     sanitize   a sample of the tests under compute-sanitizer's four tools, two to three minutes
 #     compiled   patch, ocr and prototype again beside torch.compile'd references, three minutes
 # Needs what bench/machine.py looks for, first of all. PYTHON names the interpreter.
+# Where a call may last ten minutes: build tests bench, then build sanitize, then build compiled, with one OUT_DIR.
 # summary.txt tells how each part ended and has the tables, log.txt all output; bench.json is valid after each case. What
 # fails or is stopped at its limit stops nothing else, except the build; the exit status is 1 if anything failed.
 set -uo pipefail
@@ -14,12 +15,12 @@ set -uo pipefail
 python=${PYTHON:-python3}
 usage="usage: bench/gpu.sh OUT_DIR [build|tests|bench|sanitize|compiled...]"
 [[ $# -ge 1 ]] || { echo "$usage" >&2; exit 2; }
-mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
-shift
-steps=${*:-build tests bench sanitize compiled}
+steps=${*:2}
+steps=${steps:-build tests bench sanitize compiled}
 for name in $steps; do
     [[ $name =~ ^(build|tests|bench|sanitize|compiled)$ ]] || { echo "$usage" >&2; exit 2; }
 done
+mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.." || exit 2
 [[ -x ${CUDA_HOME:-}/bin/nvcc ]] || unset CUDA_HOME # some machines have it name a folder of libraries alone
 export PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin PYTHONUNBUFFERED=1
@@ -124,11 +125,10 @@ compiled() {
     table compiled
 }
 
-: >"$summary"
-: >"$out/log.txt"
+echo "== $steps, $(date -u +%Y-%m-%dT%H:%M:%SZ)" | tee -a "$summary" >>"$out/log.txt"
 part nvidia-smi 30 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader || failed=1
 part machine 120 "$python" bench/machine.py ||
-    { echo "nothing can be done on this machine, of which machine above tells what is missing" >&2; exit 1; }
+    { echo "Nothing can be done here: the line of machine, above, tells what is missing." >&2; exit 1; }
 for name in $steps; do
     "$name"
 done

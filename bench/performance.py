@@ -34,6 +34,9 @@ INTRODUCTION = """\
 `ms` is the median of interleaved rounds. `times floor` is the median of the rounds' ratios to the floor, the least that
 the work can cost on that machine; the pictures show it. `ratio` is a function's median over that of wsss_ops, which is
 faster where it exceeds 1. `MB` is the most memory that a call holds beyond what was there before."""
+GPU = """\
+Cases and floors are those of the CPU's sections, at sizes that fill a GPU, and of `deform_conv2d` in float32 proper,
+TF32, bfloat16 and under autocast. `graphs` replays a call from a CUDA graph; its floor is the same call without one."""
 NO_GPU = "No figure here was measured on a GPU yet."
 
 
@@ -50,7 +53,7 @@ def block(folder: Path = RESULTS) -> str:
         parts.append(NO_GPU)
     else:
         results = load(gpu)
-        parts += ["### On a GPU", source(gpu, results), *everything(results, gpu)]
+        parts += ["### On a GPU", GPU, source(gpu, results), *everything(results, gpu)]
     return "\n\n".join(parts) + "\n"
 
 

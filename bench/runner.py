@@ -59,9 +59,9 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("--plot needs matplotlib: pip install matplotlib")
 
-    earlier = [json.loads(path.read_text()) for path in arguments.show or []]
+    earlier = [_read(path) for path in arguments.show or []]
     if arguments.add and arguments.out.exists():
-        earlier.append(json.loads(arguments.out.read_text()))
+        earlier.append(_read(arguments.out))
 
     def keep(results: Results) -> Results:
         """With what was there before, and in the file."""
@@ -88,6 +88,16 @@ def main(arguments: argparse.Namespace) -> int:
     for failure in own:
         print(f"failed: {', '.join(failure)}")
     return int(any(not function.startswith(PEERS) for _, function, _ in own))
+
+
+def _read(path: Path) -> Results:
+    try:
+        results: Results = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path}: cannot be read as results ({error})") from error
+    if "cases" not in results:
+        raise SystemExit(f"{path} is not what --out writes")
+    return results
 
 
 def run(

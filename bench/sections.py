@@ -28,7 +28,10 @@ class Section:
 
 def load(path: Path) -> Results:
     """What was measured; what failed is left out."""
-    results = json.loads(path.read_text())
+    try:
+        results = json.loads(path.read_text())
+    except ValueError:
+        results = {}
     if "cases" not in results:
         raise SystemExit(f"{path} is not what wsss-ops bench --out writes")
     return succeeded(results)
@@ -43,8 +46,8 @@ and `all` is this machine's noise.
 
 On a CPU no columns are stored: samples are multiplied tile by tile in the caches, by a product of our own that is about
 as fast as oneDNN's there and twice as fast as MKL's. On CUDA samples are laid out in columns, in chunks of at most
-96 MiB (`wsss_ops.set_workspace_limit`), which PyTorch multiplies; the forward in 16-bit types with up to 256 outputs
-needs none: samples go through shared memory to the tensor cores."""
+96 MiB (`wsss_ops.set_workspace_limit`), which PyTorch multiplies; most forwards in 16-bit types with up to 256
+outputs and one weight group need none: samples go through shared memory to the tensor cores."""
 
 
 def ocr(results: Results) -> str:
@@ -56,8 +59,9 @@ def ocr(results: Results) -> str:
     )
     largest = max(case["functions"][floor_name(case)]["peak_bytes"] for case in results["cases"])
     return f"""\
-The floor moves three times the logits' bytes, for O3c those of the resized logits, which wsss_ops never stores; a copy
-into {digits(largest / 1e6)} MB pays for memory that is new to the process. Ratios move from run to run:
+The floor moves three times the logits' bytes, for O3c those of the resized logits, which wsss_ops never stores. It is
+no floor where times fall below 1: its copy into {digits(largest / 1e6)} MB pays for memory that is new to the process.
+Ratios move from run to run:
 [an earlier one](bench/results/{earlier}) gave {small} to the reference for O1c C21 NCHW, {large} for O2c C81 NCHW."""
 
 
@@ -65,8 +69,8 @@ def prototype(results: Results) -> str:
     return """\
 `bmm` is the fastest form in plain PyTorch that we know, two batched products; `broadcast` is that of SFC's authors,
 which multiplies features by classes before it sums, and is left out where its tensors would be too large. The floor
-copies what has to be moved: five times the features' bytes (of several levels, those of the resized map), and three
-times the levels'."""
+copies what has to be moved: five times the features' bytes; of several levels those of the resized map, and what it
+reads of the levels, twice, beside their gradient."""
 
 
 def patch(results: Results) -> str:

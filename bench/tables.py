@@ -30,7 +30,7 @@ def default_columns(cases: Sequence[Case]) -> Columns:
     """Floor and ours, and how the others compare. Cases that only look at the machine have nothing of ours."""
     ours = [OURS] if compares(cases) else []
     others = [name for name in functions(cases) if ours and name != OURS]
-    return Columns(ms=[FLOOR, *ours], times_floor=ours, ratio=others, megabytes=ours, rate=[FLOOR])
+    return Columns(ms=[FLOOR, *ours], times_floor=ours, ratio=others, megabytes=[*ours, *others], rate=[FLOOR])
 
 
 def functions(cases: Iterable[Case]) -> list[str]:
@@ -61,21 +61,26 @@ def figures(case: Case, function: str) -> Figures | None:
     return found
 
 
-def ratio(case: Case, function: str) -> float:
-    """Of the medians: rounds are not in the results."""
+def ratio(case: Case, function: str) -> float | None:
+    """Of the medians: rounds are not in the results. None where ours failed."""
+    if OURS not in case["functions"]:
+        return None
     own: float = case["functions"][function]["median_ms"] / case["functions"][OURS]["median_ms"]
     return own
 
 
-def digits(value: float) -> str:
+def digits(value: float | None) -> str:
     """Three of them, more than the spread of most figures allows."""
+    if value is None:
+        return "-"
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
 
 
 def rate(case: Case, function: Figures) -> str:
     for amount, unit in ((case.get("flops"), "GFLOP/s"), (case.get("moved_bytes"), "GB/s")):
         if amount:
-            return f"{digits(amount / function['median_ms'] / 1e6)} {unit}"
+            number = amount / function["median_ms"] / 1e6
+            return f"{digits(number)} {unit}" if number < 1e4 else f"{digits(number / 1e3)} T{unit[1:]}"
     return "-"
 
 

@@ -20,8 +20,8 @@ def set_workspace_limit(nbytes: int) -> None:
 
     The samples of as many output pixels as fit are laid out in columns, multiplied, and replaced by the next; one pixel
     at a time where not even one fits. (For the gradient of a large weight: of all pixels, at as many taps as fit.) The
-    limit holds for forward and backward, in this process. The deterministic input gradient needs 40 bytes more per
-    sample and offset group of a chunk.
+    limit holds for forward and backward, in this process. The deterministic input gradient needs 112 bytes
+    more per sample and offset group of a chunk, and 16 per pixel and offset group of the input.
 
     Raises:
         TypeError, ValueError: if nbytes is not a positive int.
@@ -136,7 +136,7 @@ class Columns:
         by_output = gradient.permute(1, 2, 0)
         for some in taps:
             memory = self._memory(rows, some.stop - some.start)
-            share = total[:, :, some].flatten(2)
+            share = total[:, :, some].view(*total.shape[:2], -1)  # of total's memory, never a copy
             for chunk in rows:
                 columns = memory[: chunk.stop - chunk.start]
                 self._sample(chunk.start, some.start, columns)
@@ -176,7 +176,7 @@ class Columns:
         return bool(facts.major >= 8 and facts.shared_memory_per_block_optin >= needed)
 
     def _fills_device(self) -> bool:
-        """Whether at least every second multiprocessor has a tile."""
+        """Whether at least every second multiprocessor has a tile of that kernel, which has as many rows as _TILE."""
         return self.rows * 2 >= _TILE * self._processors()
 
     def _processors(self) -> int:

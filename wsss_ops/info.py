@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import shutil
 import subprocess
@@ -66,10 +67,13 @@ def missing() -> list[str]:
 
 
 def commit() -> str:
-    """The checkout's commit, "+" appended where files differ from it; "no checkout" for an installed wheel."""
+    """The checkout's commit, "+" appended where files differ from it.
+
+    Without a checkout what WSSS_OPS_COMMIT says, which whoever copies files to a machine may set, or "no checkout".
+    """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists() or shutil.which("git") is None:
-        return "no checkout"
+        return os.environ.get("WSSS_OPS_COMMIT", "no checkout")
     git = ["git", "-C", str(root)]
     head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=False)
     changed = subprocess.run(

@@ -32,7 +32,7 @@ def captured(function: Function) -> Function:
 def graph_case(case: Case) -> Case:
     def build(on: torch.device, compiled: bool) -> Mapping[str, Function]:
         call = case.build(on, False)["wsss_ops"]
-        return {"floor: call by call": call, "wsss_ops in a CUDA graph": captured(call)}
+        return {"floor: call by call": call, "wsss_ops": captured(call)}
 
     return Case(f"{case.name} in a graph", "graphs", case.work, "cuda", build)
 

@@ -1,9 +1,9 @@
 """prototype_cam, forward and backward, against copies of the features.
 
 The floor is a copy of so many bytes: features read twice forward (prototypes, cosines) and twice backward (prototypes'
-gradients, features'), and their gradient written; of levels the same for the resized map, beside each level read once
-forward and once backward, and its gradient written. P1 and P2 are SFC's four levels with 21 and 81 classes; P3 is one
-tensor. Each image has three classes in blobs, background among them.
+gradients, features'), and their gradient written; of levels the same for the resized map, and the rows of each level
+that it reads, forward and backward, beside the level's gradient. P1 and P2 are SFC's four levels with 21 and 81
+classes; P3 is one tensor. Each image has three classes in blobs, background among them.
 
 `bmm` is the fastest form in plain PyTorch that we know: one-hot seeds and prototypes as two batched products over
 flattened maps, cosines divided afterwards. `broadcast` is the authors' form, which makes tensors [N, C, D, H, W].
@@ -36,8 +36,8 @@ def prototype_case(
     layout = "channels_last" if channels_last else "NCHW"
     numbers = images * channels * SIDE**2
     moved = 5 * numbers
-    if len(levels) > 1:
-        moved += 3 * images * sum(d * side**2 for d, side in levels)
+    if len(levels) > 1:  # each pixel of the map reads two rows
+        moved += images * sum(d * side * (2 * min(side, 2 * SIDE) + side) for d, side in levels)
 
     def build(on: torch.device, compiled: bool) -> Mapping[str, Function]:
         memory_format = torch.channels_last if channels_last else torch.contiguous_format

@@ -10,11 +10,11 @@
 // bf16 and 80 in fp32, by count: 0.17 and 0.2 ms for D1 on an H200, about as long as its bytes take. (It was
 // half as many again before 16-bit numbers moved as words, see packed.h, and loads beyond the border became
 // predicates.)
-// `differentiate` gives a sample to kMostLanes lanes, which keep four sums, one per corner, turn them into
-// the derivatives, and add those up by shuffles; nothing but the result is written. It takes 130 instructions
-// a vector, too. `scatter`, the input's gradient, is in cuda_scatter.h, `multiply`, which needs no columns,
-// in cuda_product.h. `gather` does without atomics, for determinism: a group of lanes takes a target pixel
-// and adds its corners in the order of a stable sort. Nothing here has been timed on a GPU yet.
+// `differentiate` gives a sample to at most kMostLanes lanes, which keep four sums, one per corner, turn them
+// into the derivatives, and add those up by shuffles; nothing but the result is written. It takes 130
+// instructions a vector, too. `scatter`, the input's gradient, is in cuda_scatter.h, `multiply`, which needs
+// no columns, in cuda_product.h. `gather` does without atomics, for determinism: a group of lanes takes a
+// target pixel and adds its corners in the order of a stable sort. Nothing here has been timed on a GPU yet.
 #include "deform/cuda_product.h"
 #include "deform/cuda_samples.h"
 #include "deform/cuda_scatter.h"

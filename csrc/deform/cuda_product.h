@@ -2,15 +2,15 @@
 // and never to the device's. Included by cuda.cu alone.
 //
 // D2: N16 C256 64x64 3x3, 256 outputs. 77 GFLOP; through columns 302 MB would be written and read again,
-// which takes longer than the product. Here 34 MB are read, 34 MB written, and the weight's 1.2 MB once a
-// tile from L2, 0.6 GB. A block computes 128 pixels by all outputs (128 or 256 of them: with more, columns
-// pay, since every tile of outputs would take the same samples), in steps of one tap and 64 channels. A step
-// moves 128 KB of fragments and 48 KB of new operands through shared memory and 64 KB of corners through L1,
-// 1900 cycles at 128 bytes each; its product takes 1600 by `mma`; and its warps issue 8 * 850 instructions in
-// 1700, by count (3100 at first, with 16-bit numbers in arrays and branches at the border). So 0.16 to 0.2 ms
-// are expected on 132 multiprocessors against 0.12 ms of a bare product. (`wgmma`, which reads operands once,
-// would do with 1300 cycles: not written, as it is for one architecture alone.) Nothing here has been timed
-// on a GPU yet.
+// which takes as long as the product at 4.8 TB/s. Here 34 MB are read, 34 MB written, and the weight's 1.2 MB
+// once a tile from L2, 0.6 GB. A block computes 128 pixels by all outputs (128 or 256 of them: with more,
+// columns pay, since every tile of outputs would take the same samples), in steps of one tap and 64 channels.
+// A step moves 128 KB of fragments and 48 KB of new operands through shared memory and 64 KB of corners
+// through L1, 1900 cycles at 128 bytes each; its product takes 1600 by `mma`; and its warps issue 8 * 850
+// instructions in 1700, by count (3100 at first, with 16-bit numbers in arrays and branches at the border).
+// So 0.16 to 0.2 ms are expected on 132 multiprocessors against 0.12 ms of a bare product. (`wgmma`, which
+// reads operands once, would do with 1500 cycles: not written, as it is for one architecture alone.) Nothing
+// here has been timed on a GPU yet.
 //
 // Each of 8 warps has 64 pixels by a quarter of the outputs. Within a step, four times: the corners of the
 // next step's samples are loaded, 16 channels are multiplied, and the samples are blended and stored; so
@@ -30,6 +30,11 @@ constexpr int kChunk = 8;      // channels in 16 bytes
 constexpr int kStages = 3;     // of the weight
 constexpr int kWarpRows = 64;  // of the tile, by a quarter of the outputs
 constexpr int kWarp = 32;
+constexpr int kChunks = kDepth / kChunk;       // of a row; as many threads have one each
+constexpr int kRowsEach = kThreads / kChunks;  // that all threads have at a time
+constexpr int kParts = kRows / kRowsEach;      // of a step: rows to sample, and channels to multiply
+constexpr int kPartChunks = kChunks / kParts;
+static_assert(kPartChunks * kChunk == 16 && kRowsEach % 8 == 0 && kThreads == 8 * kWarp);
 
 // Matrices of kDepth columns in shared memory, the chunks of each row exchanged so that neither the eight
 // rows that one instruction reads nor the eight chunks of a row share a bank.
@@ -87,7 +92,7 @@ class Product {
         copy_weight(1);
         __syncthreads();
         find_displacement();
-        for (int part = 0; part < 4; ++part) store_samples(0, part, load_chunk(part));
+        for (int part = 0; part < kParts; ++part) store_samples(0, part, load_chunk(part));
         place_samples();
         sampled_.advance(p_, group_channels_);
         for (uint32_t step = 0; step < steps_; ++step) {
@@ -98,7 +103,7 @@ class Product {
             const bool changes = more && sampled_.slice == 0;
             if (changes) find_displacement();
 #pragma unroll
-            for (int part = 0; part < 4; ++part) {
+            for (int part = 0; part < kParts; ++part) {
                 Corners<T, kChunk> corners;
                 if (more) corners = load_chunk(part);
                 multiply(step, part);
@@ -131,7 +136,7 @@ class Product {
 
     // A chunk of one of 32 rows a thread; `part` of four.
     __device__ Corners<T, kChunk> load_chunk(int part) const {
-        const uint32_t own = sampled_.slice + kChunk * (threadIdx.x % kMostLanes);
+        const uint32_t own = sampled_.slice + kChunk * (threadIdx.x % kChunks);
         const Reading<W>& reading = readings()[row_of(part)];
         const T* const first =
             static_cast<const T*>(p_.input) + reading.first + sampled_.group * group_channels_ + own;
@@ -139,10 +144,12 @@ class Product {
     }
     __device__ void store_samples(uint32_t step, int part, const Corners<T, kChunk>& corners) {
         const int row = row_of(part);
-        store(memory_.samples[step % 2] + chunk_offset(row, static_cast<int>(threadIdx.x) % kMostLanes),
+        store(memory_.samples[step % 2] + chunk_offset(row, static_cast<int>(threadIdx.x) % kChunks),
               blend(corners, readings()[row]));
     }
-    __device__ static int row_of(int part) { return 32 * part + static_cast<int>(threadIdx.x) / kMostLanes; }
+    __device__ static int row_of(int part) {
+        return kRowsEach * part + static_cast<int>(threadIdx.x) / kChunks;
+    }
     // Those that are sampled from.
     __device__ const Reading<W>* readings() const {
         return memory_
@@ -152,16 +159,14 @@ class Product {
     // A chunk of kOutputs / 32 rows a thread. A group of copies, be it empty, for every step.
     __device__ void copy_weight(uint32_t step) {
         if (step < steps_) {
-            const int chunk = static_cast<int>(threadIdx.x) % kMostLanes;
-            const int first_row = static_cast<int>(threadIdx.x) / kMostLanes;
+            const int chunk = static_cast<int>(threadIdx.x) % kChunks;
+            const int first_row = static_cast<int>(threadIdx.x) / kChunks;
             const uint32_t own = copied_.slice + kChunk * chunk;
             const int64_t columns = p_.taps * p_.shape.channels;
             const T* from = static_cast<const T*>(p_.weight) + first_row * columns +
                             copied_.tap * p_.shape.channels + copied_.group * group_channels_ + own;
             const int rows = own < group_channels_ ? static_cast<int>(p_.outputs) : 0;
             T* const to = memory_.weight[step % kStages] + chunk_offset(first_row, chunk);
-            constexpr int kRowsEach =
-                kThreads / kMostLanes;  // a multiple of eight: chunks are exchanged alike
 #pragma unroll
             for (int row = 0; row < kOutputs; row += kRowsEach) {
                 const bool there = first_row + row < rows;
@@ -181,14 +186,14 @@ class Product {
         uint32_t left[4][4];
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
-            load_matrices(left[m],
-                          samples + chunk_offset(first_row() + 16 * m + lane % 16, 2 * part + lane / 16));
+            load_matrices(left[m], samples + chunk_offset(first_row() + 16 * m + lane % 16,
+                                                          kPartChunks * part + lane / 16));
         }
 #pragma unroll
         for (int n = 0; n < kTiles; n += 2) {
             uint32_t right[4];
             load_matrices(right, weight + chunk_offset(first_output() + 8 * n + lane / 16 * 8 + lane % 8,
-                                                       2 * part + lane / 8 % 2));
+                                                       kPartChunks * part + lane / 8 % 2));
 #pragma unroll
             for (int m = 0; m < 4; ++m) {
                 multiply_add<T>(sums_[m][n], left[m], right[0], right[1]);

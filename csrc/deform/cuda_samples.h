@@ -10,8 +10,8 @@ namespace wsss::deform {
 namespace {
 
 constexpr int kThreads = 256;
-// At most so many lanes take a sample's channels, 16 bytes each: a line of the caches at a time. More lanes
-// would have more of fewer samples' channels in flight, and so less of what neighbouring samples share.
+// At most so many lanes take a sample's channels, at most 16 bytes each: a line of the caches at a time. More
+// lanes would have more of fewer samples' channels in flight, and so less of what neighbouring samples share.
 constexpr int kMostLanes = 8;
 
 // A block's threads in groups of a power of two, each of which takes a sample or a pixel.
@@ -26,8 +26,8 @@ struct Lanes {
 
 struct Divisors {
     Divisor taps, kernel_w, offset_groups, out_width, out_height, weight_group;
-    uint32_t
-        group_channels;  // of an offset group: a GPU takes a hundred instructions to divide 64-bit numbers
+    // Of an offset group: a GPU takes a hundred instructions to divide 64-bit numbers.
+    uint32_t group_channels;
 
     explicit Divisors(const Params& p)
         : taps(static_cast<uint32_t>(p.taps)),

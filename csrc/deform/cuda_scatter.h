@@ -10,12 +10,12 @@
 //
 // Traffic of D1 in bf16: 0.6 GB of columns, and 0.3 GB of additions, 0.1 to 0.2 ms each. The four reads of a
 // sample have to meet in L1: lists are in the order of the image's rows, and what two rows have in common is
-// some 20 KB a block. A corner takes 29 instructions for 8 channels, 0.19 ms on 132 multiprocessors at
+// some 20 KB a block. A corner takes 29 instructions for 8 channels, 0.15 ms on 132 multiprocessors at
 // 1.7 GHz, and sorting a third as long. So 0.3 to 0.5 ms are expected; nothing has been timed on a GPU yet.
 //
 // Sorting takes more than half as long as the lists of one slice of channels (a line of the caches, 64 in
 // bf16), so a block does several slices where there are more blocks than occupy a GPU. A chunk of D1 has only
-// 42 tiles, of 32 slices: two a block. One of D2 has 341, of 4: two again.
+// 40 tiles, of 32 slices: two a block. One of D2 has 256, of 4: two again.
 //
 // Lists are found by a table of kSlots pixels, which is laid over the image again and again: four times the
 // tile's height by four times its width. Pixels that are so far apart share a slot. It goes to the corners of

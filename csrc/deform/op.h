@@ -1,5 +1,6 @@
 // Deformable convolution: what a backend is asked to do. The CPU multiplies samples while they are in its
-// caches; CUDA lays them out in columns, chunk by chunk, which PyTorch multiplies.
+// caches. CUDA does so in shared memory where it can (`multiply`), else it lays samples out in columns, chunk
+// by chunk, which PyTorch multiplies.
 //
 //   input    [images][height][width][channels]          any strides, channels dense
 //   offset   [images][2 * offset_groups * taps][out_height][out_width]   any strides, y before x
@@ -56,7 +57,7 @@ struct Params {
     // `multiply` alone
     int64_t outputs;
     const void* weight;  // [outputs][taps][channels], dense, 16-byte aligned
-    const void* bias;    // [outputs], or null
+    const void* bias;    // [outputs] of the element type, or null
     void* output;        // [count][outputs], dense
 
     void* columns;            // [count][groups][taps][channels / groups], dense
@@ -82,12 +83,10 @@ WSSS_OPERATION(differentiate_weight, Params)
 
 #else
 
-// How many bytes of shared memory `multiply` needs for so many outputs; none that it could use where that is
-// more than most_outputs.
-constexpr int64_t most_outputs = 256;
+// How many bytes of shared memory `multiply` needs for so many outputs.
 int64_t product_bytes(int64_t outputs);
 // output = bias + weight * samples, for 16-bit types, one weight group, channels of an offset group that are
-// a multiple of eight, an even number of outputs of at most most_outputs, and 16-byte addresses and strides.
+// a multiple of eight, an even number of outputs of at most 256, and 16-byte addresses and strides.
 WSSS_OPERATION(multiply, Params)
 // columns = the samples.
 WSSS_OPERATION(sample, Params)

@@ -3,8 +3,8 @@
 // P3: N16 D768 32x32 fp32, 50 MB of features; P1 and P2: N20 D768 of the same size, from levels
 // (cuda_levels.h). Of 21 or 81 classes an image has two to four. The floor is the features read twice forward
 // (prototypes, cosines) and twice backward (prototypes' gradients, features'), and their gradient written:
-// 250 MB, of which L2 keeps a part; for P1 and P2 beside it 3 * 252 MB: levels read forward and backward, and
-// their gradient written. Nothing here has been timed on a GPU yet.
+// 250 MB, of which L2 keeps a part; for P1 and P2 beside it 2 * 168 + 252 MB: what is read of levels, forward
+// and backward, and their gradient written. Nothing here has been timed on a GPU yet.
 //
 // Sums over pixels and sums over channels have one form (Group), for what lies side by side in one layout is
 // apart in the other. A thread keeps the sums of up to kFew classes, so that features are read once for them;
@@ -17,8 +17,9 @@
 //   prototypes 6 (6), were 14 (17);       cosines 8 (8), were 74 (52);
 //   shares 6 (7), were 51 (68);           gradients 15 (13), were about 70 (75).
 // What is done once for a block adds 2 or 3 to each. An H200 has time for 142 in all while the five passes
-// move their bytes. Each thread has four loads of 16 bytes under way; P3 has 384 to 512 blocks of 256
-// threads, two or three of which a multiprocessor holds, so that 32 to 48 KB are under way in each.
+// move their bytes at 85 % of its bandwidth. Each thread has four loads of 16 bytes under way; P3 has 384 to
+// 512 blocks of 256 threads, two or three of which a multiprocessor holds, so that 32 to 48 KB are under way
+// in each.
 //
 // At this size a launch costs as much as a tenth of a pass, so there are six: seeds; prototypes, whose blocks
 // count pixels for themselves and write zeros too; cosines, whose blocks find the prototypes' lengths for

@@ -3,8 +3,8 @@
 // P1: N20, levels of 168, 42, 21 and 21 MB fp32 and 63 MB of result. Forward only the corners of the result's
 // pixels are read, half of the first level's rows; backward the same, beside the gradient, which is written
 // once. Nothing has been timed on a GPU yet; counted in sm_90's machine code, a warp takes 46 instructions
-// for 32 numbers of the result and 30 for 32 of a level's gradient, 8e7 in all, where the bytes leave time
-// for 2.4e8; the latter were above 500, as each number searched for its readers.
+// for 32 numbers of the result and 30 for 32 of a level's gradient, 8e7 in all, where the bytes of
+// the whole operator leave time for 2e8; the latter were above 500, as each number searched for its readers.
 #pragma once
 
 #include "prototype/cuda_group.h"
