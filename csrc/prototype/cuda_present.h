@@ -1,4 +1,4 @@
-// Which classes of an image have pixels, on CUDA.
+// Which classes of an image have pixels, on CUDA, and what the kernels of both directions share beside Group.
 #pragma once
 
 #include "prototype/cuda_group.h"
@@ -68,6 +68,32 @@ __device__ inline void count_pixels(const int16_t* seeds, int64_t pixels, int64_
         if (seed >= 0) atomicAdd(shared + seed, 1);
     }
     __syncthreads();
+}
+
+template <class W>
+__device__ W* row(void* data, const Params& p, int64_t image, int64_t c, int64_t length) {
+    return static_cast<W*>(data) + (image * p.classes + c) * length;
+}
+template <class T>
+__device__ const T* features_of(const Params& p, int64_t image) {
+    return static_cast<const T*>(p.features) + image * p.image_stride;
+}
+
+// Shared memory for sums of up to kFew classes and kMore other numbers of each item.
+template <class W, class Lanes, int kMore>
+struct Shared {
+    static constexpr int kCount = Lanes::kParts * Lanes::kPacks * ((kFew + kMore) * Lanes::kOwn + kFew);
+};
+
+// seeds[i] of the pixels that a load has.
+template <int kStep>
+__device__ __forceinline__ void load_seeds(const int16_t* from, int (&seeds)[kStep]) {
+    struct alignas(sizeof(int16_t) * kStep) Seeds {
+        int16_t numbers[kStep];
+    };
+    const Seeds all = *reinterpret_cast<const Seeds*>(from);
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) seeds[i] = all.numbers[i];
 }
 
 }  // namespace
