@@ -205,6 +205,7 @@ class Product {
     __device__ void write() const {
         const int lane = static_cast<int>(threadIdx.x) % kWarp;
         const T* const bias = static_cast<const T*>(p_.bias);
+        using Pair = decltype(narrow_pair(T(0.0f), 0.0f, 0.0f));  // stored as one word
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
             const int output = first_output() + 8 * n + lane % 4 * 2;
@@ -217,8 +218,8 @@ class Product {
                     static_cast<int64_t>(blockIdx.x) * kRows + first_row() + 8 * i + lane / 4;
                 if (pixel >= p_.count) continue;
                 const float* const sums = sums_[i / 2][n] + i % 2 * 2;
-                const auto pair = narrow_pair(T(0.0f), sums[0] + bias_0, sums[1] + bias_1);
-                std::memcpy(static_cast<T*>(p_.output) + pixel * p_.outputs + output, &pair, sizeof(pair));
+                T* const to = static_cast<T*>(p_.output) + pixel * p_.outputs + output;
+                *reinterpret_cast<Pair*>(to) = narrow_pair(T(0.0f), sums[0] + bias_0, sums[1] + bias_1);
             }
         }
     }
