@@ -66,7 +66,6 @@ def test_folded_norm_equals_norm_after_convolution():
     torch.testing.assert_close(backbone.eval().blocks[0](images), stem(images), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("efficientnet_lite_pytorch") is None, reason="extra `lite` not installed")
 @pytest.mark.parametrize("kernel", [3, 5])
 def test_a_dilated_depthwise_convolution_has_the_gradients_of_a_plain_one(kernel):
     conv = nn.Conv2d(6, 6, kernel, padding=kernel // 2 * 2, dilation=2, groups=6, bias=False).double()
@@ -96,6 +95,7 @@ def test_a_dilated_depthwise_convolution_learns_under_autocast():
     torch.testing.assert_close(*gradients, rtol=0.02, atol=0.5)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("efficientnet_lite_pytorch") is None, reason="extra `lite` not installed")
 def test_lite0_equals_its_package():
     from efficientnet_lite_pytorch import EfficientNet
 
