@@ -33,7 +33,7 @@ def test_gradcheck(device: torch.device, channels_last: bool) -> None:
         )
 
 
-def test_no_second_derivative(device: torch.device) -> None:
+def test_second_derivative_is_refused(device: torch.device) -> None:
     given = leaves(SMALL, device, torch.float32)
     result = deform_conv2d(**given, **SMALL.options)
     (gradient,) = torch.autograd.grad(result.square().sum(), given["offset"], create_graph=True)

@@ -4,7 +4,7 @@ from training.systems import ToySystem, TwoParts
 from training.voc_folder import make_voc
 
 from wsss_ops.training.data import Sample, open_dataset
-from wsss_ops.training.evaluation import THRESHOLDS, ThresholdCounts, curves, evaluate, part_table, table
+from wsss_ops.training.evaluation import ThresholdCounts, curves, evaluate, part_table, table
 from wsss_ops.training.inference import equal_sizes, infer_cams, infer_parts, stream_cams
 from wsss_ops.training.processes import Processes
 
@@ -174,7 +174,3 @@ def test_streaming_yields_every_image_once(voc):
     data = open_dataset(voc, "val")
     names = [sample.name for sample, _ in stream_cams(ToySystem(20), data, range(len(data)), (1.0,), CPU)]
     assert names == data.ids
-
-
-def test_thresholds_go_from_0_to_1():
-    assert (THRESHOLDS[0], THRESHOLDS[-1], len(THRESHOLDS)) == (0, 1, 101)

@@ -103,11 +103,11 @@ def test_the_command_runs_under_torchrun(voc, unbroken, tmp_path):
     assert done.stdout.count("trained in") == 1  # only one process prints
     assert metrics(out)["validation"]["images"] == 12
     assert metrics(out)["run"] == metrics(unbroken[0])["run"]
-    # BatchNorm sees half the batch in each process, so the models are near each other, not equal.
-    models = [torch.load(folder / "model.pt", weights_only=True)["network"] for folder in (unbroken[0], out)]
-    for key, value in models[0].items():
-        assert models[1][key].shape == value.shape
-        assert models[1][key].isfinite().all()
+    # BatchNorm sees half the batch in each process, so the models are near each other, not equal: the convolutions are
+    # up to 0.4 of their norm apart, those of another seed 1.4.
+    one, two = (torch.load(folder / "model.pt", weights_only=True)["network"] for folder in (unbroken[0], out))
+    for name in (name for name, value in one.items() if value.ndim == 4):
+        assert 0 < (two[name] - one[name]).norm() < 0.6 * one[name].norm(), name
 
 
 TWO_RANKS = """
