@@ -1,11 +1,17 @@
-"""What the operator tests share: memory layouts to feed, and comparison with float64 references."""
+"""What the operator tests share: memory layouts to feed, settings to run under, and comparison with float64
+references."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from wsss_ops import _backend, _columns, set_workspace_limit
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -50,6 +56,73 @@ def values(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Te
     if dtype.is_floating_point:
         return torch.randn(*shape, dtype=torch.float64, device=device).add_(3).to(dtype)
     return torch.randint(1, 100, tuple(shape), device=device).to(dtype)
+
+
+def untouched(numbers: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that is reserved but not poisoned: far more than the machine has costs nothing until it is written."""
+    poison = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        return torch.empty(numbers, dtype=dtype, device=device)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = poison
+
+
+@contextmanager
+def instruction_set(level: str) -> Iterator[None]:
+    """The CPU backend computes with one of its instruction sets."""
+    module = _backend.cpu_module()
+    before = module.level()
+    module.set_level(level)
+    try:
+        yield
+    finally:
+        module.set_level(before)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """PyTorch, and with it the CPU backend, computes with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def workspace(nbytes: int) -> Iterator[None]:
+    """deform_conv2d holds so many bytes of columns at once."""
+    before = _columns._workspace
+    set_workspace_limit(nbytes)
+    try:
+        yield
+    finally:
+        set_workspace_limit(before)
+
+
+def in_threads(work: Callable[[], None]) -> None:
+    """Calls work in four Python threads at once, and raises what it raises in any of them."""
+    count = 4
+    together = threading.Barrier(count)
+
+    def start() -> None:
+        together.wait()
+        work()
+
+    with ThreadPoolExecutor(count) as pool:
+        for future in [pool.submit(start) for _ in range(count)]:
+            future.result()
+
+
+def gradient(output: Tensor, source: Tensor, grad: Tensor) -> Tensor:
+    return torch.autograd.grad(output, source, grad)[0]
+
+
+def short_name(value: object) -> str | None:
+    """A test's id of a dtype or a shape; None leaves other values to pytest."""
+    return str(value).removeprefix("torch.") if isinstance(value, (torch.dtype, tuple)) else None
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

@@ -12,25 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from harness import values
+from harness import instruction_set, threads, values
 
 from wsss_ops import _backend, patch_merge, patch_split, reference
 
 
 @pytest.mark.parametrize("level", _backend.cpu_module().levels())
 def test_every_instruction_set(level: str) -> None:
-    module = _backend.cpu_module()
-    before = module.level()
-    module.set_level(level)
-    try:
-        assert module.level() == level
+    with instruction_set(level):
+        assert _backend.cpu_module().level() == level
         for width in range(1, 200, 7):  # every way to copy a row
             x = values((2, 3, 3, width), torch.uint8, torch.device("cpu"))
             patches = patch_split(x, (2, 2))
             assert torch.equal(patches, reference.patch_split(x, (2, 2)))
             assert torch.equal(patch_merge(patches, (2, 2), (3, width)), x)
-    finally:
-        module.set_level(before)
 
 
 def test_unknown_instruction_set() -> None:
@@ -40,13 +35,9 @@ def test_unknown_instruction_set() -> None:
 
 def test_one_and_many_threads_agree() -> None:
     x = values((3, 7, 33, 65), torch.float32, torch.device("cpu"))
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
+    for count in (1, 2, 5):
+        with threads(count):
             assert torch.equal(patch_split(x, (4, 4)), reference.patch_split(x, (4, 4)))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_shares_the_openmp_runtime_of_torch() -> None:

@@ -7,7 +7,17 @@ from itertools import permutations
 
 import pytest
 import torch
-from harness import FLOATS, LAYOUTS, relative_error, values
+from harness import (
+    FLOATS,
+    LAYOUTS,
+    gradient,
+    instruction_set,
+    relative_error,
+    short_name,
+    threads,
+    untouched,
+    values,
+)
 from torch import Tensor
 
 from wsss_ops import _backend, clip_features, reference
@@ -23,10 +33,6 @@ SHAPES = [
 ]
 EMPTY = [(0, 3, 8, 8), (2, 0, 8, 8), (2, 3, 0, 8), (2, 3, 8, 0)]
 BETA = 0.7
-
-
-def name(value: object) -> str | None:
-    return str(value).removeprefix("torch.") if isinstance(value, (torch.dtype, tuple)) else None
 
 
 def with_gradient(
@@ -55,7 +61,7 @@ def assert_equal(got: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=name)
+@pytest.mark.parametrize("shape", SHAPES, ids=short_name)
 def test_matches_reference(device: torch.device, shape: tuple[int, ...], layout: str) -> None:
     x = LAYOUTS[layout](values(shape, torch.float32, device))
     clipped = check(x, grad=LAYOUTS[layout](values(shape, torch.float32, device)))
@@ -63,14 +69,14 @@ def test_matches_reference(device: torch.device, shape: tuple[int, ...], layout:
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "sliced"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=name)
+@pytest.mark.parametrize("dtype", FLOATS, ids=short_name)
 def test_dtypes(device: torch.device, dtype: torch.dtype, layout: str) -> None:
     for shape in [(2, 6, 9, 11), (2, 8, 40, 56)]:
         check(LAYOUTS[layout](values(shape, dtype, device)))
 
 
 @pytest.mark.parametrize("beta", [1e-60, 0.1, 1, 1.5, 1e300])
-@pytest.mark.parametrize("dtype", FLOATS, ids=name)
+@pytest.mark.parametrize("dtype", FLOATS, ids=short_name)
 def test_betas_and_signs(device: torch.device, dtype: torch.dtype, beta: float) -> None:
     x = values((5, 2, 4, 4), dtype, device)
     x[1] = -x[1].abs()  # a negative limit: above the maximum for beta < 1
@@ -93,7 +99,7 @@ def test_any_order_is_flat(device: torch.device, order: tuple[int, ...], monkeyp
     assert torch.equal(clipped, reference.clip_features(x, BETA))
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=name)
+@pytest.mark.parametrize("dtype", FLOATS, ids=short_name)
 def test_nan_stays_where_it_is(device: torch.device, dtype: torch.dtype) -> None:
     x = values((4, 3, 57, 56), dtype, device)  # several chunks
     for sign in (1, -1):
@@ -107,7 +113,7 @@ def test_nan_stays_where_it_is(device: torch.device, dtype: torch.dtype) -> None
         assert_equal(clipped[3:], reference.clip_features(x[3:], BETA))
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=name)
+@pytest.mark.parametrize("dtype", FLOATS, ids=short_name)
 def test_infinities(device: torch.device, dtype: torch.dtype) -> None:
     x = values((3, 2, 5, 5), dtype, device)
     x[0] = -torch.inf
@@ -116,7 +122,7 @@ def test_infinities(device: torch.device, dtype: torch.dtype) -> None:
     assert torch.equal(check(x)[:2], x[:2])
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=name)
+@pytest.mark.parametrize("dtype", FLOATS, ids=short_name)
 def test_zeros_of_either_sign_are_equal(device: torch.device, dtype: torch.dtype) -> None:
     """A maximum of -0 in one chunk does not stop the gradient at the +0 of another."""
     x = torch.full((1, 4, 57, 56), -0.0, dtype=dtype, device=device)
@@ -141,7 +147,7 @@ def test_half_precision_subnormals_and_largest(device: torch.device) -> None:
         check(values((2, 4, 5, 5), torch.float64, device).mul(factor).half())
 
 
-@pytest.mark.parametrize("shape", EMPTY, ids=name)
+@pytest.mark.parametrize("shape", EMPTY, ids=short_name)
 def test_empty(device: torch.device, shape: tuple[int, ...]) -> None:
     x = torch.ones(shape, device=device)
     assert check(x).shape == x.shape
@@ -212,10 +218,6 @@ def test_compile(device: torch.device, layout: str, autocast: bool) -> None:
         assert relative_error(gradient(got, x, grad), gradient(expected, x, grad)) < tolerance
 
 
-def gradient(output: Tensor, source: Tensor, grad: Tensor) -> Tensor:
-    return torch.autograd.grad(output, source, grad)[0]
-
-
 def test_repeats_exactly(device: torch.device) -> None:
     x = values((3, 7, 33, 65), torch.float32, device)
     first = clip_features(x, BETA)
@@ -225,27 +227,16 @@ def test_repeats_exactly(device: torch.device) -> None:
 @pytest.mark.parametrize("level", _backend.cpu_module().levels())
 def test_instruction_sets_and_threads(level: str) -> None:
     """On every instruction set, with images that several threads share and images that one has for itself."""
-    module, threads = _backend.cpu_module(), torch.get_num_threads()
-    before = module.level()
-    module.set_level(level)
-    try:
-        for count in (2, 3):
-            torch.set_num_threads(count)
+    for count in (2, 3):
+        with instruction_set(level), threads(count):
             for shape in [(1, 7, 63, 65), (3, 7, 63, 65), (7, 2, 50, 50)]:
                 for dtype in FLOATS:
                     check(values(shape, dtype, torch.device("cpu")))
-    finally:
-        module.set_level(before)
-        torch.set_num_threads(threads)
 
 
 def test_images_more_than_2_31_elements_apart(device: torch.device) -> None:
     """Offsets that do not fit 32 bits, in memory that is reserved but hardly touched."""
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        storage = torch.empty(2**31 + 2**10, dtype=torch.float16, device=device)
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = True
+    storage = untouched(2**31 + 2**10, torch.float16, device)
     for apart in (2**31 + 5, 2**31 + 16):
         x = storage.as_strided((2, 3, 8, 8), (apart, 64, 8, 1))
         x.copy_(values(x.shape, torch.float16, device))

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from deform_cases import BOUNDS, CASES, NAMES, Case, as_double, assert_near, run, tensors
-from harness import FLOATS, LAYOUTS
+from harness import FLOATS, LAYOUTS, workspace
 
-from wsss_ops import _backend, deform_conv2d, reference, set_workspace_limit
+from wsss_ops import _backend, deform_conv2d, reference
 from wsss_ops._columns import Columns
 
 FULL = Case((2, 6, 6, 5), 4, (3, 2), padding=1, groups=2, offset_groups=2, masked=True)
@@ -173,11 +173,8 @@ def test_small_workspaces(
     monkeypatch.setattr(Columns, "_processors", lambda columns: processors)
     case = Case((3, 4, 4, 3), 4, (3, 3), padding=1, groups=2, offset_groups=2, masked=True)
     given = tensors(case, device, dtype)
-    set_workspace_limit(nbytes)
-    try:
+    with workspace(nbytes):
         got = run(deform_conv2d, case.options, given)
-    finally:
-        set_workspace_limit(96 * 2**20)
     assert_near(got, run(deform_conv2d, case.options, given), BOUNDS[dtype])
     assert_near(got, run(reference.deform_conv2d, case.options, as_double(given)), BOUNDS[dtype])
 
@@ -188,9 +185,6 @@ def test_sums_over_chunks_are_wide(device: torch.device, dtype: torch.dtype) -> 
     case = Case((1, 2, 16, 16), 2, (1, 1), biased=False)
     given = {name: tensor.abs() for name, tensor in tensors(case, device, dtype).items()}
     given["offset"] = torch.full_like(given["offset"], 0.25)
-    set_workspace_limit(1)
-    try:
+    with workspace(1):
         got = run(deform_conv2d, case.options, given, ["weight"])
-    finally:
-        set_workspace_limit(96 * 2**20)
     assert_near(got, run(reference.deform_conv2d, case.options, as_double(given), ["weight"]), BOUNDS[dtype])

@@ -9,9 +9,10 @@ from math import inf, nan
 import pytest
 import torch
 from deform_cases import BOUNDS, Case, as_double, assert_near, off_integers, run, tensors
+from harness import workspace
 from torch import Tensor
 
-from wsss_ops import deform_conv2d, reference, set_workspace_limit
+from wsss_ops import deform_conv2d, reference
 
 CASE = Case((2, 4, 37, 41), 3, (3, 3), padding=1, masked=True)
 
@@ -58,11 +59,8 @@ def test_wherever_offsets_lead(device: torch.device, kind: str, dtype: torch.dty
 def test_ends_of_images_rows_and_chunks(device: torch.device, width: int, nbytes: int) -> None:
     """Chunks of 13, 55 and all pixels, in tiles that cross the ends of images of five rows."""
     case = Case((7, 4, 5, width), 4, (3, 3), padding=1, groups=2, offset_groups=2)
-    set_workspace_limit(nbytes)
-    try:
+    with workspace(nbytes):
         check(case, tensors(case, device, torch.float32))
-    finally:
-        set_workspace_limit(96 * 2**20)
 
 
 @pytest.mark.parametrize("stride", [2, 3])

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from math import inf, nan
 
 import pytest
 import torch
 from deform_cases import BOUNDS, Case, as_double, assert_near, off_integers, run, tensors
+from harness import in_threads, instruction_set, threads, workspace
 from torch import Tensor
 
-from wsss_ops import _backend, deform_conv2d, reference, set_workspace_limit
+from wsss_ops import _backend, deform_conv2d, reference
 
 CASE = Case((2, 8, 7, 6), 4, (3, 3), padding=1, groups=2, offset_groups=2, masked=True)
 FUNCTIONS = {"operator": deform_conv2d, "reference": reference.deform_conv2d}
@@ -102,34 +102,24 @@ def test_many_samples_of_one_pixel(device: torch.device, dtype: torch.dtype, det
     assert_near(got, run(reference.deform_conv2d, {"padding": 1}, as_double(given)), BOUNDS[dtype])
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("nbytes", [30_000, 256 * 2**20])
-def test_deterministic_bit_for_bit(device: torch.device, threads: int, nbytes: int) -> None:
+def test_deterministic_bit_for_bit(device: torch.device, count: int, nbytes: int) -> None:
     given = crowded(device, torch.float32)
-    before = torch.get_num_threads()
-    set_workspace_limit(nbytes)
-    try:
-        torch.set_num_threads(threads)
+    with workspace(nbytes), threads(count):
         first, *others = [run(deform_conv2d, {"padding": 1}, given) for _ in range(4)]
-    finally:
-        torch.set_num_threads(before)
-        set_workspace_limit(96 * 2**20)
     for again in others:
         assert all(torch.equal(again[name], first[name]) for name in first)
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_any_number_of_threads(threads: int, deterministic: bool) -> None:
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_any_number_of_threads(count: int, deterministic: bool) -> None:
     """The CPU backend splits its work among threads; samples of one pixel then meet."""
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     given = crowded(torch.device("cpu"), torch.float32, (2, 32, 20, 24))
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with threads(count):
         got = run(deform_conv2d, {"padding": 1}, given)
-    finally:
-        torch.set_num_threads(before)
     assert_near(got, run(reference.deform_conv2d, {"padding": 1}, as_double(given)), BOUNDS[torch.float32])
 
 
@@ -138,33 +128,21 @@ def test_any_number_of_threads(threads: int, deterministic: bool) -> None:
 @pytest.mark.parametrize("level", _backend.cpu_module().levels())
 def test_every_instruction_set(level: str, dtype: torch.dtype, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    module = _backend.cpu_module()
-    before = module.level()
-    module.set_level(level)
-    try:
-        for channels in (1, 3, 8, 21, 40, 67):  # vectors and what is left over of them
-            case = Case((1, channels, 6, 5), 2, (3, 3), padding=1, masked=channels % 2 == 0)
-            given = tensors(case, torch.device("cpu"), dtype)
+    for channels in (1, 3, 8, 21, 40, 67):  # vectors and what is left over of them
+        case = Case((1, channels, 6, 5), 2, (3, 3), padding=1, masked=channels % 2 == 0)
+        given = tensors(case, torch.device("cpu"), dtype)
+        with instruction_set(level):
             got = run(deform_conv2d, case.options, given)
-            assert_near(got, run(reference.deform_conv2d, case.options, as_double(given)), BOUNDS[dtype])
-    finally:
-        module.set_level(before)
+        assert_near(got, run(reference.deform_conv2d, case.options, as_double(given)), BOUNDS[dtype])
 
 
 def test_calls_from_several_threads(device: torch.device) -> None:
     given = tensors(CASE, device, torch.float32)
     expected = run(deform_conv2d, CASE.options, given)
-    failures = []
 
     def work() -> None:
         for _ in range(3):
             got = run(deform_conv2d, CASE.options, given)
-            if not all(torch.equal(got[name], expected[name]) for name in got):
-                failures.append(threading.current_thread().name)
+            assert all(torch.equal(got[name], expected[name]) for name in got)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    in_threads(work)

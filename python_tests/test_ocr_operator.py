@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import pytest
 import torch
-from harness import relative_error
+from harness import in_threads, relative_error, untouched
 from ocr_cases import WAYS, Case, assert_matches, run, tensors
 from torch import Tensor
 
@@ -127,11 +126,7 @@ def test_resized_form_stores_little() -> None:
 @pytest.mark.parametrize("size", [None, (5, 7)])
 def test_more_than_2_31_elements_apart(device: torch.device, size: tuple[int, int] | None) -> None:
     """Images, classes and rows whose offsets do not fit 32 bits, in memory that is reserved but hardly touched."""
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        storage = torch.empty(2**32 + 2**10, dtype=torch.bfloat16, device=device)
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = True
+    storage = untouched(2**32 + 2**10, torch.bfloat16, device)
     given = tensors(Case((2, 3, 2, 4), size), device, torch.bfloat16)
     for stride in [(2**32 - 70, 8, 4, 1), (64, 2**31 + 16, 8, 1), (24, 8, 2**32 - 70, 1), (24, 1, 12, 2**30 + 3)]:
         logits = storage.as_strided((2, 3, 2, 4), stride)
@@ -151,20 +146,13 @@ def test_threads(device: torch.device) -> None:
     """Calls from several Python threads at once do not disturb each other."""
     given = tensors(WAYS["many"], device)
     expected = run(ocr_loss, given)
-    failures = []
 
     def work() -> None:
         for _ in range(5):
             got = run(ocr_loss, given)
-            if not all(torch.equal(got[name], value) for name, value in expected.items()):
-                failures.append(threading.current_thread().name)
+            assert all(torch.equal(got[name], value) for name, value in expected.items())
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    in_threads(work)
 
 
 @pytest.mark.parametrize("case", WAYS.values(), ids=WAYS)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import FLOATS, relative_error
+from harness import FLOATS, instruction_set, relative_error, threads
 from ocr_cases import GRADIENT_BOUNDS, WAYS, Case, as_double, assert_matches, run, tensors
 from torch import Tensor
 
@@ -211,26 +211,17 @@ def test_same_numbers_in_every_run(device: torch.device, case: Case) -> None:
     larger = Case((3, case.shape[1], 20, 21) if case.size is None else (3, case.shape[1], 9, 8), case.size and (30, 29))
     given = tensors(larger, device)
     first = run(ocr_loss, given)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 3, threads):
-            torch.set_num_threads(count)
+    for count in (1, 3, torch.get_num_threads()):
+        with threads(count):
             for name, value in run(ocr_loss, given).items():
                 assert torch.equal(value, first[name]), name
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("level", _backend.cpu_module().levels())
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", ["few", "resized"])
 def test_instruction_sets(name: str, dtype: torch.dtype, level: str) -> None:
-    module = _backend.cpu_module()
-    before = module.level()
-    module.set_level(level)
-    try:
-        for layout in ("nchw", "channels_last"):
-            given = tensors(WAYS[name], torch.device("cpu"), dtype, layout)
+    for layout in ("nchw", "channels_last"):
+        given = tensors(WAYS[name], torch.device("cpu"), dtype, layout)
+        with instruction_set(level):
             assert_matches(ocr_loss, given, reduction="none")
-    finally:
-        module.set_level(before)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
-from harness import FLOATS, LAYOUTS, relative_error, values
+from harness import FLOATS, LAYOUTS, gradient, in_threads, relative_error, short_name, untouched, values
 from torch import Tensor
 
 from wsss_ops import patch_merge, patch_split, reference
@@ -29,12 +27,8 @@ EMPTY = [((0, 3, 8, 8), (2, 2)), ((2, 0, 8, 8), (2, 2)), ((2, 3, 0, 8), (2, 2)),
 DTYPES = [*FLOATS, torch.bool, torch.uint8, torch.int16, torch.int64]
 
 
-def name(value: object) -> str | None:
-    return str(value).removeprefix("torch.") if isinstance(value, (torch.dtype, tuple)) else None
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("shape", "grid", "multiple"), CASES, ids=name)
+@pytest.mark.parametrize(("shape", "grid", "multiple"), CASES, ids=short_name)
 def test_matches_reference(
     device: torch.device, shape: tuple[int, ...], grid: tuple[int, int], multiple: int, layout: str
 ) -> None:
@@ -54,12 +48,8 @@ def test_matches_reference(
     assert torch.equal(gradient(merged, patches, grad), gradient(expected, patches, grad))
 
 
-def gradient(output: Tensor, source: Tensor, grad: Tensor) -> Tensor:
-    return torch.autograd.grad(output, source, grad)[0]
-
-
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short_name)
 def test_dtypes(device: torch.device, dtype: torch.dtype, channels_last: bool) -> None:
     x = values((2, 6, 9, 11), dtype, device)
     if channels_last:
@@ -89,8 +79,8 @@ def test_keeps_memory_format(device: torch.device, layout: str) -> None:
     assert patch_merge(patches, (2, 2), (7, 9)).is_contiguous(memory_format=kept)
 
 
-def test_crop_is_the_middle_ground(device: torch.device) -> None:
-    """A merge to less than the patches hold: what is cropped off gets no gradient, and a size of 0 is no fault."""
+def test_merge_to_less_than_the_patches_hold(device: torch.device) -> None:
+    """What is cropped off gets no gradient, and a size of 0 is no fault."""
     patches = values((4, 3, 4, 4), torch.float32, device).requires_grad_()
     merged = patch_merge(patches, (2, 2), (3, 5))  # the second row of patches is cropped off whole
     assert torch.equal(merged, reference.patch_merge(patches, (2, 2), (3, 5)))
@@ -100,7 +90,7 @@ def test_crop_is_the_middle_ground(device: torch.device) -> None:
     assert patch_merge(patches, (2, 2), (0, 5)).shape == (1, 3, 0, 5)
 
 
-@pytest.mark.parametrize(("shape", "grid"), EMPTY, ids=name)
+@pytest.mark.parametrize(("shape", "grid"), EMPTY, ids=short_name)
 def test_empty(device: torch.device, shape: tuple[int, ...], grid: tuple[int, int]) -> None:
     x = torch.ones(shape, device=device, requires_grad=True)
     patches = patch_split(x, grid)
@@ -159,11 +149,7 @@ def test_compile(device: torch.device, layout: str, autocast: bool) -> None:
 
 def test_more_than_2_31_elements_apart(device: torch.device) -> None:
     """Rows, planes and images whose offsets do not fit 32 bits, in memory that is reserved but hardly touched."""
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        storage = torch.empty(2**32 + 2**10, dtype=torch.uint8, device=device)
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = True
+    storage = untouched(2**32 + 2**10, torch.uint8, device)
     for stride in [(2**31 + 5, 64, 8, 1), (64, 2**31 + 16, 8, 1), (32, 16, 2**30 + 3, 1)]:
         x = storage.as_strided((2, 2, 3 if stride[2] > 8 else 8, 8), stride)
         x.copy_(values(x.shape, torch.uint8, device))
@@ -182,19 +168,12 @@ def test_threads(device: torch.device) -> None:
     """Calls from several Python threads at once do not disturb each other."""
     x = values((2, 8, 16, 16), torch.float32, device)
     expected = reference.patch_split(x, (4, 4))
-    failures = []
 
     def work() -> None:
         for _ in range(5):
-            if not torch.equal(patch_split(x, (4, 4)), expected):
-                failures.append(threading.current_thread().name)
+            assert torch.equal(patch_split(x, (4, 4)), expected)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    in_threads(work)
 
 
 def test_current_stream_and_graphs() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
-from harness import FLOATS, LAYOUTS, relative_error
+from harness import FLOATS, LAYOUTS, instruction_set, relative_error, threads
 from prototype_cases import BOUNDS, SIZES, WAYS, Case, as_double, assert_matches, levels_of, run, tensors
 from torch import Tensor
 
@@ -168,23 +169,15 @@ def test_repeats_exactly(device: torch.device, case: Case) -> None:
 @pytest.mark.parametrize("level", _backend.cpu_module().levels())
 def test_instruction_sets_and_threads(level: str) -> None:
     """Every instruction set is right, and none depends on the number of threads."""
-    module, threads = _backend.cpu_module(), torch.get_num_threads()
-    before = module.level()
-    module.set_level(level)
     cases = [Case(((150, 12, 13),), 6, (12, 13)), Case(((40, 32, 36), (100, 16, 18)), 4, (16, 18), single=False)]
-    try:
-        for case in cases:
-            for dtype in FLOATS:
-                for layout in ("nchw", "channels_last"):
-                    given = tensors(case, torch.device("cpu"), dtype, layout)
-                    torch.set_num_threads(1)
-                    alone = run(prototype_cam, given)
-                    torch.set_num_threads(3)
-                    assert_matches(prototype_cam, given)
-                    assert all(map(torch.equal, run(prototype_cam, given), alone))
-    finally:
-        module.set_level(before)
-        torch.set_num_threads(threads)
+    for case, dtype, layout in product(cases, FLOATS, ("nchw", "channels_last")):
+        given = tensors(case, torch.device("cpu"), dtype, layout)
+        with instruction_set(level):
+            with threads(1):
+                alone = run(prototype_cam, given)
+            with threads(3):
+                assert_matches(prototype_cam, given)
+                assert all(map(torch.equal, run(prototype_cam, given), alone))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

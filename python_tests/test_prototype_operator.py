@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from harness import relative_error
+from harness import in_threads, relative_error, untouched
 from prototype_cases import WAYS, Case, assert_matches, levels_of, run, tensors
 from torch import Tensor
 
@@ -181,11 +180,7 @@ def test_holds_little() -> None:
 
 def test_images_more_than_2_31_elements_apart(device: torch.device) -> None:
     """Offsets that do not fit 32 bits, in memory that is reserved but hardly touched."""
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        storage = torch.empty(2**31 + 2**10, dtype=torch.float16, device=device)
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = True
+    storage = untouched(2**31 + 2**10, torch.float16, device)
     given = tensors(Case(((3, 4, 4),), 3, (4, 4)), device, torch.float16)
     for strides in [(2**31 + 16, 16, 4, 1), (2**31 + 16, 1, 12, 3), (64, 2**30 + 8, 4, 1)]:
         features = storage.as_strided((2, 3, 4, 4), strides)
@@ -209,19 +204,12 @@ def test_threads(device: torch.device) -> None:
     """Calls from several Python threads at once do not disturb each other."""
     given = tensors(WAYS["levels"], device)
     expected = run(prototype_cam, given)
-    failures = []
 
     def work() -> None:
         for _ in range(3):
-            if not all(map(torch.equal, run(prototype_cam, given), expected)):
-                failures.append(threading.current_thread().name)
+            assert all(map(torch.equal, run(prototype_cam, given), expected))
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    in_threads(work)
 
 
 @pytest.mark.parametrize("case", WAYS.values(), ids=WAYS)
