@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from harness import FLOATS, LAYOUTS, relative_error
+from harness import FLOATS, LAYOUTS, in_threads, instruction_set, relative_error, threads, untouched
 from torch import Tensor
 
-from wsss_ops import distribution_coefficients, msdw_loss, normalize_cam, reference
+from wsss_ops import _backend, distribution_coefficients, msdw_loss, normalize_cam, reference
 
 LOSS_BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-6, torch.bfloat16: 2e-6}
 BOUNDS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 0.75 * 2**-10, torch.bfloat16: 0.75 * 2**-7}
@@ -27,7 +28,11 @@ SHAPES = {
     "larger": ((2, 3, 3, 4), (7, 9)),
     "from one pixel": ((1, 3, 1, 1), (3, 2)),
     "to one pixel": ((1, 3, 6, 5), (1, 1)),
+    "several threads": ((4, 21, 25, 41), (17, 17)),  # smaller ones have one thread of a CPU
 }
+
+
+CAMS = ("cam_w", "cam_p", "cam_w_small")
 
 
 def tensors(
@@ -47,7 +52,7 @@ def tensors(
 
 def run(function: Callable[..., Tensor], given: dict[str, Any]) -> list[Tensor]:
     """The loss, and the gradients of the three cams for a loss gradient of 0.7. No tensor may change."""
-    cams = {name: given[name].detach().requires_grad_() for name in ("cam_w", "cam_p", "cam_w_small")}
+    cams = {name: given[name].detach().requires_grad_() for name in CAMS}
     before = [value.detach().clone() for value in given.values() if isinstance(value, Tensor)]
     loss = function(**{**given, **cams})
     gradients = torch.autograd.grad(loss * 0.7, list(cams.values()))
@@ -102,7 +107,7 @@ def test_gradcheck(device: torch.device, layout: str) -> None:
     """Away from equal maxima and equal cams, where the derivative jumps."""
     given = tensors("half", device, torch.float64, layout)
     given["cam_p"][-1, 0, 0, :2] = torch.tensor([0.2, 0.3], dtype=torch.float64)
-    cams = [given.pop(name).requires_grad_() for name in ("cam_w", "cam_p", "cam_w_small")]
+    cams = [given.pop(name).requires_grad_() for name in CAMS]
     assert torch.autograd.gradcheck(lambda *cams: msdw_loss(*cams, **given), cams)
 
 
@@ -119,7 +124,7 @@ def test_equal_maxima_share_the_gradient(device: torch.device) -> None:
 
 def test_opcheck(device: torch.device) -> None:
     given = tensors("half", device)
-    cams = [given[name].requires_grad_() for name in ("cam_w", "cam_p", "cam_w_small")]
+    cams = [given[name].requires_grad_() for name in CAMS]
     ops = torch.ops.wsss_ops
     arguments = (*cams, given["tags"], given["coefficients"], 1.6, 0.8)
     torch.library.opcheck(ops.msdw_loss.default, arguments)
@@ -155,7 +160,7 @@ def test_empty(device: torch.device, shape: tuple[int, ...]) -> None:
 
 def test_nan_stays_with_the_loss(device: torch.device) -> None:
     """NaN pixels make the loss NaN; no access goes astray."""
-    for name in ("cam_w", "cam_p", "cam_w_small"):
+    for name in CAMS:
         given = tensors("half", device)
         given["tags"][:] = True
         given[name][0, 1, 2, 2] = torch.nan
@@ -165,7 +170,7 @@ def test_nan_stays_with_the_loss(device: torch.device) -> None:
 
 
 def run_without_comparison(given: dict[str, Any]) -> tuple[Tensor, ...]:
-    cams = [given[name].requires_grad_() for name in ("cam_w", "cam_p", "cam_w_small")]
+    cams = [given[name].requires_grad_() for name in CAMS]
     return torch.autograd.grad(msdw_loss(**given), cams)
 
 
@@ -181,6 +186,80 @@ def test_repeats_exactly(device: torch.device) -> None:
     given = tensors("many pixels", device)
     first = run(msdw_loss, given)
     assert all(map(torch.equal, run(msdw_loss, given), first))
+
+
+@pytest.mark.parametrize("level", _backend.cpu_module().levels())
+def test_instruction_sets_and_threads(level: str) -> None:
+    """Every instruction set is right, and none depends on the number of threads.
+
+    Half precision has its pitfalls in so many pixels: the weights keep gradients above float16's subnormals, and at
+    this size resized pixels, which may equal cam_w_small's, are exact.
+    """
+    weights = {"prototype_weight": 160.0, "scale_weight": 80.0}
+    for dtype, layout in product(FLOATS, ("nchw", "channels_last")):
+        given = {**tensors("several threads", torch.device("cpu"), dtype, layout), **weights}
+        with instruction_set(level):
+            with threads(1):
+                alone = run(msdw_loss, given)
+            with threads(3):
+                assert_matches(given)
+                assert all(map(torch.equal, run(msdw_loss, given), alone))
+
+
+@pytest.mark.parametrize("cam", CAMS)
+def test_more_than_2_31_elements_apart(device: torch.device, cam: str) -> None:
+    """Images, classes, rows and pixels whose offsets do not fit 32 bits, in memory that is reserved but hardly used."""
+    storage = untouched(2**32 + 2**10, torch.bfloat16, device)
+    given = tensors("same size", device, torch.bfloat16)
+    for stride in [(2**32 - 70, 20, 5, 1), (64, 2**31 + 16, 8, 1), (24, 8, 2**30 + 3, 1), (60, 20, 5, 2**30 + 3)]:
+        apart = storage.as_strided(given[cam].shape, stride)
+        apart.copy_(given[cam])
+        assert_matches({**given, cam: apart})
+
+
+def test_negated_views(device: torch.device) -> None:
+    """DLPack does not carry PyTorch's lazy negation: it must be resolved before."""
+    given = tensors("half", device)
+    negated = {name: torch.complex(given[name], -given[name]).conj().imag for name in CAMS}
+    assert all(cam.is_neg() for cam in negated.values())
+    assert torch.equal(msdw_loss(**{**given, **negated}), msdw_loss(**given))
+
+
+def test_calls_from_several_threads(device: torch.device) -> None:
+    given = tensors("21 classes", device)
+    expected = run(msdw_loss, given)
+
+    def work() -> None:
+        for _ in range(5):
+            assert all(map(torch.equal, run(msdw_loss, given), expected))
+
+    in_threads(work)
+
+
+def test_current_stream_and_graphs() -> None:
+    """Launches go to PyTorch's current stream, and can be captured; nothing waits for the device."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU: streams and graphs exist nowhere else")
+    given = tensors("21 classes", torch.device("cuda"))
+    expected = run(msdw_loss, given)
+    values = given["cam_w"].clone()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        given["cam_w"].zero_()
+        torch.cuda._sleep(50_000_000)
+        given["cam_w"].copy_(values)
+        cams = [given[name].requires_grad_() for name in CAMS]
+        with torch.cuda.set_sync_debug_mode("error"):
+            gradients = torch.autograd.grad(msdw_loss(**given) * 0.7, cams)
+    stream.synchronize()
+    assert all(map(torch.equal, gradients, expected[1:]))
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = torch.autograd.grad(msdw_loss(**given) * 0.7, cams)
+    captured[0].zero_()
+    graph.replay()
+    assert all(map(torch.equal, captured, expected[1:]))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
