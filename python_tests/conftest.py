@@ -95,6 +95,13 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def full_float32() -> Iterator[None]:
+    """On a GPU PyTorch's convolutions would have 11 bits, rounded differently in each memory format."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+@pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
 

@@ -102,6 +102,27 @@ def workspace(nbytes: int) -> Iterator[None]:
         set_workspace_limit(before)
 
 
+@contextmanager
+def another_stream() -> Iterator[torch.cuda.Stream]:
+    """A stream of the GPU that goes on where the current one is, and is current until the end, which waits for it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield stream
+    stream.synchronize()
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """What makes the host wait for the GPU raises an error."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 def in_threads(work: Callable[[], None]) -> None:
     """Calls work in four Python threads at once, and raises what it raises in any of them."""
     count = 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from deform_cases import BOUNDS, Case, as_double, assert_near, off_integers, run, tensors
-from harness import LAYOUTS, relative_error, values
+from harness import LAYOUTS, another_stream, relative_error, values
 from torch import Tensor
 
 from wsss_ops import deform_conv2d, reference
@@ -142,14 +142,11 @@ def test_current_stream_and_graphs() -> None:
     still = {name: tensor.detach() for name, tensor in given.items()}
     expected = deform_conv2d(**still, padding=1)
     late = {name: torch.zeros_like(tensor) for name, tensor in still.items()}
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with another_stream():
         torch.cuda._sleep(50_000_000)
         for name, tensor in late.items():
             tensor.copy_(still[name])
         result = deform_conv2d(**late, padding=1)
-    stream.synchronize()
     assert relative_error(result, expected) < 1e-6
 
     torch.use_deterministic_algorithms(False)

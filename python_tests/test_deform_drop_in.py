@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -66,13 +65,6 @@ def swap(model: nn.Module, theirs: type[nn.Module]) -> None:
             setattr(model, name, ours.to(child.weight))
         else:
             swap(child, theirs)
-
-
-@pytest.fixture(autouse=True)
-def full_float32() -> Iterator[None]:
-    """On a GPU the plain convolutions would have 10 bits, rounded differently in each memory format."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield
 
 
 @pytest.mark.parametrize("original", ["torchvision", "reference"])

@@ -113,6 +113,27 @@ def test_machine_without_a_gpu() -> None:
     assert re.search(r"^missing: .*a GPU that torch sees$", done.stdout, re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("package", "missing"),
+    [
+        (("setuptools", "76.1.0"), "the Python package setuptools 76.2 or newer (here is 76.1.0)"),
+        (("setuptools", "76.2.0rc1"), ""),
+        (("setuptools", "80"), ""),
+        (None, "the Python package setuptools 76.2 or newer"),
+    ],
+)
+def test_machine_with_an_older_package(tmp_path: Path, package: tuple[str, str] | None, missing: str) -> None:
+    if package is not None:
+        folder = tmp_path / f"{package[0]}-{package[1]}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package[0]}\nVersion: {package[1]}\n")
+    code = "import sys; sys.path = sys.argv[1:] + [p for p in sys.path if 'site-packages' not in p]; import machine; "
+    code += "print(machine.lacking_package('setuptools', '76.2'))"
+    command = [sys.executable, "-c", code, str(tmp_path), str(ROOT / "bench")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == missing
+
+
 def test_failed_build_ends_it(gpu_script: Run) -> None:
     status, summary, calls = gpu_script(fail="^setup.py")
     assert status == 1

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import in_threads, relative_error, untouched
+from harness import another_stream, in_threads, no_waiting, relative_error, untouched
 from ocr_cases import WAYS, Case, assert_matches, run, tensors
 from torch import Tensor
 
@@ -163,16 +163,14 @@ def test_current_stream_and_graphs(case: Case) -> None:
     given = tensors(case, torch.device("cuda"))
     expected = run(ocr_loss, given)
     values = given["logits"].clone()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    with another_stream():
         given["logits"].zero_()
         torch.cuda._sleep(50_000_000)
         given["logits"].copy_(values)
         logits = given["logits"].requires_grad_()
-        with torch.cuda.set_sync_debug_mode("error"):
+        with no_waiting():
             loss = ocr_loss(**given)
             (gradient,) = torch.autograd.grad(loss, logits)
-    stream.synchronize()
     assert torch.equal(gradient, expected["gradient"])
 
     graph = torch.cuda.CUDAGraph()

@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from harness import FLOATS, LAYOUTS, in_threads, instruction_set, relative_error, threads, untouched
+from harness import (
+    FLOATS,
+    LAYOUTS,
+    another_stream,
+    in_threads,
+    instruction_set,
+    no_waiting,
+    relative_error,
+    threads,
+    untouched,
+)
 from torch import Tensor
 
 from wsss_ops import _backend, distribution_coefficients, msdw_loss, normalize_cam, reference
@@ -243,15 +253,13 @@ def test_current_stream_and_graphs() -> None:
     given = tensors("21 classes", torch.device("cuda"))
     expected = run(msdw_loss, given)
     values = given["cam_w"].clone()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    with another_stream():
         given["cam_w"].zero_()
         torch.cuda._sleep(50_000_000)
         given["cam_w"].copy_(values)
         cams = [given[name].requires_grad_() for name in CAMS]
-        with torch.cuda.set_sync_debug_mode("error"):
+        with no_waiting():
             gradients = torch.autograd.grad(msdw_loss(**given) * 0.7, cams)
-    stream.synchronize()
     assert all(map(torch.equal, gradients, expected[1:]))
 
     graph = torch.cuda.CUDAGraph()
