@@ -1,4 +1,4 @@
-"""Training runs of the command line: in this process, or in one of their own that may be killed."""
+"""Runs of the command line: training, in this process or in one of its own that may be killed, and evaluation."""
 
 import argparse
 import os
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from wsss_ops.training import train
+from wsss_ops.training import evaluate, train
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
 RUNNER = """
@@ -18,11 +18,28 @@ sys.exit(train.main(parser.parse_args(sys.argv[1:])))
 """
 
 
+QUICK = ["--backbone", "tiny", "--epochs", "2", "--size", "32", "--batch-size", "4", "--workers", "0",
+         "--device", "cpu", "--panels", "2", "--save-every", "0"]  # fmt: skip
+
+
+def command(system, voc, out, *more):
+    """The options of a run that takes seconds; more: further ones, which take the place of these."""
+    return [system, "--data", voc, *QUICK, "--out", out, *more]
+
+
 def train_here(*options):
     """The exit status of `wsss-ops train` with these options."""
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
     return train.main(parser.parse_args([str(option) for option in options]))
+
+
+def evaluate_here(checkpoint, out, *more):
+    """The exit status of `wsss-ops evaluate` of a run or model file on the CPU, with further options."""
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    options = ("--checkpoint", checkpoint, "--out", out, "--device", "cpu", *more)
+    return evaluate.main(parser.parse_args([str(option) for option in options]))
 
 
 def train_apart(*options, prelude=""):

@@ -1,4 +1,4 @@
-"""Little systems for tests of the harness."""
+"""Little systems for tests of the harness, and a batch and its gradients for tests of systems."""
 
 from typing import ClassVar
 
@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from wsss_ops.training.batches import Batch
 from wsss_ops.training.settings import Settings
 from wsss_ops.training.system import Stage, System
 
@@ -72,3 +73,20 @@ class TwoStages(System):
 
     def cam(self, images):
         return self.network(images)
+
+
+def batch(seed=1):
+    """Four images of two classes; the first is padded at its upper side."""
+    torch.manual_seed(seed)
+    images = torch.randn(4, 3, 33, 33)
+    tags = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
+    valid = torch.ones(4, 33, 33, dtype=torch.bool)
+    valid[0, :12] = False
+    return Batch(images, tags, valid, torch.arange(4))
+
+
+def gradients(system, loss):
+    """The gradients of a loss, of the parameters that have any."""
+    system.network.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: p.grad for name, p in system.network.named_parameters() if p.grad is not None}

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from training.runs import killed_at, train_apart, train_here
+from training.runs import command, killed_at, train_apart, train_here
+from training.systems import batch, gradients
 from training.voc_folder import make_voc
 
 import wsss_ops
 from wsss_ops import reference
 from wsss_ops.training import checkpoints
-from wsss_ops.training.batches import Batch
 from wsss_ops.training.comparison import compare
 from wsss_ops.training.data import open_dataset
 from wsss_ops.training.esol import CAM, EXPANSION, SHRINKAGE, EsolSettings, EsolSystem, area_loss
@@ -27,27 +27,17 @@ def make(ops=wsss_ops, **settings):
     return EsolSystem(EsolSettings(**SMALL, **settings), 3, ops)
 
 
-def batch():
-    torch.manual_seed(1)
-    images = torch.randn(4, 3, 33, 33)
-    tags = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
-    return Batch(images, tags, torch.ones(4, 33, 33, dtype=torch.bool), torch.arange(4))
-
-
 def learn_offsets(sampler, scale=0.05):
     """The branch as it might be after some steps: away from zero, where a layer has no gradient behind it."""
     for parameter in sampler.offset_branch.parameters():
         nn.init.normal_(parameter, std=scale)
 
 
-def gradients(system, stage):
+def gradients_in(system, stage):
+    """The optimiser groups of a stage, and the gradients of its loss."""
     groups = system.enter(stage)
     system.network.train()
-    system.network.zero_grad(set_to_none=True)
-    loss, _ = system.loss(batch())
-    loss.backward()
-    named = system.network.named_parameters()
-    return groups, {name: p.grad for name, p in named if p.grad is not None}
+    return groups, gradients(system, system.loss(batch())[0])
 
 
 AT = pytest.mark.parametrize("at", ["features", "maps"])
@@ -65,7 +55,7 @@ def test_gradients_reach_what_a_stage_trains_and_nothing_else(stage, classifier_
     rates = {f"{name}_classifier_lr": classifier_lr for name in ("expansion", "shrinkage")}
     system = make(**rates, expansion_at=at)
     learn_offsets(system.network.expansion)
-    groups, found = gradients(system, stage)
+    groups, found = gradients_in(system, stage)
     prefixes = LEARNS[stage] if stage == CAM or classifier_lr > 0 else LEARNS[stage][:1]
     expected = {name for name, _ in system.network.named_parameters() if name.startswith(prefixes)}
     assert set(found) == expected
@@ -77,7 +67,7 @@ def test_gradients_reach_what_a_stage_trains_and_nothing_else(stage, classifier_
 def test_offsets_climb_the_loss_that_the_classifier_descends():
     system = make(alpha=0.5, expansion_classifier_lr=1e-3)
     learn_offsets(system.network.expansion)
-    _, found = gradients(system, EXPANSION)
+    _, found = gradients_in(system, EXPANSION)
     network, given = system.network, batch()
     network.zero_grad(set_to_none=True)
     features = network.backbone(given.images).detach()
@@ -158,11 +148,10 @@ def test_bad_settings(setting, message):
 
 def test_a_run_can_start_from_a_finished_cam_run(tmp_path, capsys):
     voc = make_voc(tmp_path / "voc")
-    common = ["--data", voc, "--backbone", "tiny", "--size", 32, "--batch-size", 4, "--workers", 0, "--device", "cpu"]
-    assert train_here("cam", *common, "--epochs", 1, "--out", tmp_path / "cam", "--panels", 0) == 0
-    short = ["--expansion-epochs", 1, "--shrinkage-epochs", 1, "--panels", 0]
+    assert train_here(*command("cam", voc, tmp_path / "cam", "--epochs", 1, "--panels", 0)) == 0
+    short = ["--expansion-epochs", 1, "--shrinkage-epochs", 1, "--panels", 0, "--start", tmp_path / "cam"]
     capsys.readouterr()
-    assert train_here("esol", *common, *short, "--start", tmp_path / "cam", "--out", tmp_path / "esol") == 0
+    assert train_here(*command("esol", voc, tmp_path / "esol", *short)) == 0
     assert "starting with expansion" in capsys.readouterr().out
     cam = checkpoints.load(tmp_path / "cam/model.pt")["network"]
     first = checkpoints.load(tmp_path / "esol/cam.pt")["network"]
@@ -170,7 +159,7 @@ def test_a_run_can_start_from_a_finished_cam_run(tmp_path, capsys):
     figures = [json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("cam", "esol")]
     assert figures[1]["stages"]["cam"]["mIoU"] == figures[0]["validation"]["mIoU"]
     assert not (tmp_path / "esol/cam").exists()  # evaluated once, by the first run
-    assert train_here("esol", *common, *short, "--scales", 2, "--start", tmp_path / "cam", "--out", tmp_path / "2") == 0
+    assert train_here(*command("esol", voc, tmp_path / "2", *short, "--scales", 2)) == 0
     assert (tmp_path / "2/cam/metrics.json").exists()  # at another scale
 
 
@@ -192,8 +181,7 @@ def test_a_start_that_does_not_fit_is_an_error(tmp_path, capsys, options, messag
     checkpoints.save(tmp_path / "cam.pt", made | {"classes": ("background", "ox")})
     checkpoints.save(tmp_path / "deep.pt", made | {"settings": {"backbone": "resnet18", "output_stride": 8}})
     options = [option.format(tmp=tmp_path) for option in options]
-    common = ["--data", voc, "--backbone", "tiny", "--size", 32, "--batch-size", 4, "--workers", 0, "--device", "cpu"]
-    assert train_here("esol", *common, *options, "--out", tmp_path / "out") == 2
+    assert train_here(*command("esol", voc, tmp_path / "out", *options)) == 2
     assert message.format(tmp=tmp_path) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -201,12 +189,9 @@ def test_a_start_that_does_not_fit_is_an_error(tmp_path, capsys, options, messag
 def test_a_run_killed_in_the_expansion_ends_as_an_unbroken_one(tmp_path):
     voc = make_voc(tmp_path / "voc")
 
-    settings = "--backbone tiny --size 32 --batch-size 4 --epochs 1 --expansion-epochs 1 --shrinkage-epochs 1"
-    further = "--workers 0 --device cpu --panels 2 --save-every 0"
-
     def run(out, prelude=""):
-        options = ["esol", "--data", voc, "--out", out, *settings.split(), *further.split()]
-        return train_apart(*options, prelude=prelude)
+        options = ("--epochs", 1, "--expansion-epochs", 1, "--shrinkage-epochs", 1)
+        return train_apart(*command("esol", voc, out, *options), prelude=prelude)
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = run(whole)

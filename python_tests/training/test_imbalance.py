@@ -1,6 +1,5 @@
 """Long-tailed training sets: quotas and choice on known tags, groups of classes, and runs that use them."""
 
-import argparse
 import json
 import re
 import signal
@@ -8,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from training.runs import killed_at, train_apart, train_here
+from training.runs import command, evaluate_here, killed_at, train_apart, train_here
 from training.voc_folder import make_voc
 
 from wsss_ops.training import checkpoints, evaluate
@@ -17,7 +16,6 @@ from wsss_ops.training.imbalance import LongTailed, group_figures, group_table, 
 from wsss_ops.training.settings import Settings
 
 RATIO = 4
-COMMON = "--backbone tiny --size 32 --batch-size 4 --epochs 2 --workers 0 --device cpu --panels 0 --save-every 0"
 
 
 def tags_of(*images):
@@ -164,10 +162,6 @@ def test_an_imbalance_out_of_range_is_an_error(value, what):
         Settings(imbalance=value)
 
 
-def command(system, voc, out, *more):
-    return [system, "--data", voc, *COMMON.split(), "--out", out, *more]
-
-
 def read(path):
     return json.loads(path.read_text())
 
@@ -216,10 +210,7 @@ def test_a_finished_run_is_recognised_and_another_imbalance_named(voc, long_tail
 
 
 def test_evaluation_afterwards_has_the_groups_of_the_model_file(long_tailed, tmp_path):
-    parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
-    arguments = ["--checkpoint", str(long_tailed[0]), "--out", str(tmp_path), "--panels", "0", "--device", "cpu"]
-    assert evaluate.main(parser.parse_args(arguments)) == 0
+    assert evaluate_here(long_tailed[0], tmp_path, "--panels", 0) == 0
     check_groups(tmp_path, {"cat": 15, "person": 12, "dog": 6})
 
 

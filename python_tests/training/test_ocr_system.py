@@ -1,6 +1,5 @@
 """OCR's training: pseudo-labels and their geometry, the loss, figures against brute force, resumption, errors."""
 
-import argparse
 import json
 import re
 import signal
@@ -11,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from training.runs import killed_at, train_apart, train_here
+from training.runs import command, evaluate_here, killed_at, train_apart, train_here
 from training.systems import ToySystem
 from training.voc_folder import make_voc, save_mask
 
 import wsss_ops
 from wsss_ops import reference
-from wsss_ops.training import checkpoints, evaluate, segmentation, train
+from wsss_ops.training import checkpoints, segmentation, train
 from wsss_ops.training.batches import Batch, TrainingBatches, augment
 from wsss_ops.training.data import open_dataset
 from wsss_ops.training.inference import infer_cams
@@ -26,16 +25,11 @@ from wsss_ops.training.processes import Processes
 from wsss_ops.training.pseudo_labels import PseudoLabelled, make_pseudo_labels
 
 SMALL = {"backbone": "tiny", "size": 32, "batch_size": 4, "cams": "somewhere"}
-COMMON = "--backbone tiny --size 32 --batch-size 4 --workers 0 --device cpu --panels 2 --save-every 0 --epochs 2"
 
 
 @pytest.fixture(scope="module")
 def voc(tmp_path_factory):
     return make_voc(tmp_path_factory.mktemp("ocr") / "voc")
-
-
-def command(system, voc, out, *more):
-    return [system, "--data", str(voc), *COMMON.split(), "--out", str(out), *map(str, more)]
 
 
 @pytest.fixture(scope="module")
@@ -236,27 +230,21 @@ def test_a_run_is_compared_with_its_baseline(voc, cams, tmp_path, capsys):
 
 def test_evaluate_repeats_the_figures_of_training(voc, cams, tmp_path, capsys):
     assert train_here(*command("ocr", voc, tmp_path / "run", "--cams", cams)) == 0
-    parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
-
-    def evaluated(checkpoint, out, *more):
-        options = ["--checkpoint", checkpoint, "--out", tmp_path / out, "--device", "cpu", *more]
-        return evaluate.main(parser.parse_args([str(option) for option in options]))
-
-    assert evaluated(tmp_path / "run", "again") == 0
-    before = (tmp_path / "run/metrics.json").read_text()
+    run = tmp_path / "run"
+    assert evaluate_here(run, tmp_path / "again") == 0
+    before = (run / "metrics.json").read_text()
     assert json.loads(before)["validation"] == json.loads((tmp_path / "again/metrics.json").read_text())["validation"]
     capsys.readouterr()
-    assert evaluated(tmp_path / "run", "compared", "--baseline", tmp_path / "run") == 0
+    assert evaluate_here(run, tmp_path / "compared", "--baseline", run) == 0
     assert (
         len([line for line in capsys.readouterr().out.splitlines() if line.startswith(("baseline", "this run"))]) == 2
     )
     widths = [Image.open(tmp_path / out / "oc.png").width for out in ("again", "compared")]
     assert widths[1] > widths[0]
-    assert evaluated(tmp_path / "run", "run") == 2
+    assert evaluate_here(run, run) == 2
     assert "is the folder of a training run, whose figures stay" in capsys.readouterr().err
-    assert (tmp_path / "run/metrics.json").read_text() == before
-    assert evaluated(cams, "other", "--baseline", tmp_path / "run") == 2
+    assert (run / "metrics.json").read_text() == before
+    assert evaluate_here(cams, tmp_path / "other", "--baseline", run) == 2
     assert "--baseline is for runs of ocr" in capsys.readouterr().err
 
 

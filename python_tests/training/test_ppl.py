@@ -6,13 +6,13 @@ import signal
 import pytest
 import torch
 from torch.nn import functional as F
-from training.runs import killed_at, train_apart, train_here
+from training.runs import command, killed_at, train_apart, train_here
+from training.systems import batch, gradients
 from training.voc_folder import make_voc
 
 import wsss_ops
 from wsss_ops import reference
 from wsss_ops.training import checkpoints, evaluate
-from wsss_ops.training.batches import Batch
 from wsss_ops.training.comparison import compare
 from wsss_ops.training.ppl import CAM, PplSettings, PplSystem
 from wsss_ops.training.processes import Processes
@@ -25,19 +25,6 @@ STAGES = {"progressive": ["cam", "patches1", "patches2"], "explicit": ["cam", "p
 def make(ops=wsss_ops, **settings):
     torch.manual_seed(0)
     return PplSystem(PplSettings(**SMALL, **settings), 3, ops)
-
-
-def batch():
-    torch.manual_seed(1)
-    images = torch.randn(4, 3, 33, 33)
-    tags = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
-    return Batch(images, tags, torch.ones(4, 33, 33, dtype=torch.bool), torch.arange(4))
-
-
-def gradients(system, loss):
-    system.network.zero_grad(set_to_none=True)
-    loss.backward()
-    return {name: p.grad for name, p in system.network.named_parameters() if p.grad is not None}
 
 
 def cams(system, stage):
@@ -202,11 +189,10 @@ def test_bad_settings(setting, message):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_run_can_start_from_a_finished_cam_run(tmp_path, capsys, mode):
     voc = make_voc(tmp_path / "voc")
-    common = ["--data", voc, "--backbone", "tiny", "--size", 32, "--batch-size", 4, "--workers", 0, "--device", "cpu"]
-    assert train_here("cam", *common, "--epochs", 1, "--out", tmp_path / "cam", "--panels", 0) == 0
+    assert train_here(*command("cam", voc, tmp_path / "cam", "--epochs", 1, "--panels", 0)) == 0
     capsys.readouterr()
     options = ["--mode", mode, "--stage-epochs", 1, "--panels", 0, "--positions", 3, 1, "--grids", 2, 3]
-    assert train_here("ppl", *common, *options, "--start", tmp_path / "cam", "--out", tmp_path / "ppl") == 0
+    assert train_here(*command("ppl", voc, tmp_path / "ppl", *options, "--start", tmp_path / "cam")) == 0
     assert f"starting with {STAGES[mode][1]}" in capsys.readouterr().out
     cam = checkpoints.load(tmp_path / "cam/model.pt")["network"]
     first = checkpoints.load(tmp_path / "ppl/cam.pt")["network"]
@@ -222,12 +208,8 @@ def test_a_run_can_start_from_a_finished_cam_run(tmp_path, capsys, mode):
 def test_a_run_killed_in_the_last_stage_ends_as_an_unbroken_one(tmp_path):
     voc = make_voc(tmp_path / "voc")
 
-    settings = "--backbone tiny --size 32 --batch-size 4 --epochs 1 --stage-epochs 1"
-    further = "--workers 0 --device cpu --panels 2 --save-every 0"
-
     def run(out, prelude=""):
-        options = ["ppl", "--data", voc, "--out", out, *settings.split(), *further.split()]
-        return train_apart(*options, prelude=prelude)
+        return train_apart(*command("ppl", voc, out, "--epochs", 1, "--stage-epochs", 1), prelude=prelude)
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = run(whole)

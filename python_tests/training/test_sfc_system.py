@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
-from training.runs import killed_at, train_apart, train_here
+from training.runs import command, killed_at, train_apart, train_here
+from training.systems import batch, gradients
 from training.voc_folder import make_voc
 
 import wsss_ops
 from wsss_ops import reference
 from wsss_ops.training import checkpoints, evaluate
-from wsss_ops.training.batches import Batch
 from wsss_ops.training.cam import CAM, CamSystem
 from wsss_ops.training.comparison import compare
 from wsss_ops.training.inference import infer_cams, infer_parts
@@ -34,21 +34,6 @@ def make(ops=wsss_ops, stage=None, **settings):
         system.enter(stage)
         system.network.train()
     return system
-
-
-def batch(seed=1):
-    torch.manual_seed(seed)
-    images = torch.randn(4, 3, 33, 33)
-    tags = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
-    valid = torch.ones(4, 33, 33, dtype=torch.bool)
-    valid[0, :12] = False
-    return Batch(images, tags, valid, torch.arange(4))
-
-
-def gradients(system, loss):
-    system.network.zero_grad(set_to_none=True)
-    loss.backward()
-    return {name: p.grad for name, p in system.network.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("stage", [CAM, SFC])
@@ -372,11 +357,10 @@ def test_bad_settings(setting, message):
 
 def test_a_run_can_start_from_a_finished_cam_run(tmp_path, capsys):
     voc = make_voc(tmp_path / "voc")
-    common = ["--data", voc, "--backbone", "tiny", "--size", 32, "--batch-size", 4, "--workers", 0, "--device", "cpu"]
-    assert train_here("cam", *common, "--epochs", 1, "--out", tmp_path / "cam", "--panels", 0) == 0
+    assert train_here(*command("cam", voc, tmp_path / "cam", "--epochs", 1, "--panels", 0)) == 0
     capsys.readouterr()
     options = ["--sfc-epochs", 1, "--panels", 0, "--bank", 2]
-    assert train_here("sfc", *common, *options, "--start", tmp_path / "cam", "--out", tmp_path / "sfc") == 0
+    assert train_here(*command("sfc", voc, tmp_path / "sfc", *options, "--start", tmp_path / "cam")) == 0
     printed = capsys.readouterr().out
     assert "starting with sfc" in printed
     assert "prototype " in printed
@@ -398,11 +382,9 @@ def test_a_run_can_start_from_a_finished_cam_run(tmp_path, capsys):
 def test_a_run_killed_in_the_last_stage_ends_as_an_unbroken_one(tmp_path):
     voc = make_voc(tmp_path / "voc")
 
-    settings = "--backbone tiny --size 32 --batch-size 4 --epochs 1 --sfc-epochs 2 --bank 2"
-    further = "--workers 0 --device cpu --panels 2 --save-every 0"
-
     def run(out, prelude=""):
-        return train_apart("sfc", "--data", voc, "--out", out, *settings.split(), *further.split(), prelude=prelude)
+        options = ("--epochs", 1, "--sfc-epochs", 2, "--bank", 2)
+        return train_apart(*command("sfc", voc, out, *options), prelude=prelude)
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = run(whole)

@@ -1,6 +1,5 @@
 """Runs: resumption, settings, several processes, comparison of operators, the command line."""
 
-import argparse
 import json
 import signal
 import subprocess
@@ -9,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training.runs import ENVIRONMENT, RUNNER
+from training.runs import ENVIRONMENT, RUNNER, command, evaluate_here, train_apart, train_here
 from training.systems import TwoStages
 from training.voc_folder import make_voc
 
-from wsss_ops.training import checkpoints, evaluate, train
+from wsss_ops.training import checkpoints
 from wsss_ops.training.batches import Batch, TrainingBatches
 from wsss_ops.training.cam import CamSystem
 from wsss_ops.training.comparison import compare
@@ -26,17 +25,10 @@ FUSED = SimpleNamespace(scale=lambda x: x * 2)
 REFERENCE = SimpleNamespace(scale=lambda x: x + x)
 WRONG = SimpleNamespace(scale=lambda x: x * 2.5)
 
-QUICK = ["--backbone", "tiny", "--epochs", "3", "--size", "32", "--batch-size", "4", "--workers", "0",
-         "--device", "cpu", "--panels", "2"]  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def voc(tmp_path_factory):
     return make_voc(tmp_path_factory.mktemp("voc"))
-
-
-def command(voc, out, *more):
-    return [sys.executable, "-c", RUNNER, "cam", "--data", str(voc), "--out", str(out), *QUICK, *more]
 
 
 def metrics(out):
@@ -48,7 +40,7 @@ def metrics(out):
 @pytest.fixture(scope="module")
 def unbroken(voc, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "unbroken"
-    done = subprocess.run(command(voc, out), env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = train_apart(*command("cam", voc, out))
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
@@ -76,13 +68,10 @@ checkpoints.save = save_or_die
 
 def test_a_killed_run_resumes_to_the_figures_of_an_unbroken_one(voc, unbroken, tmp_path):
     out = tmp_path / "killed"
-    dying = command(voc, out, "--save-every", "0")
-    dying[2] = KILLED + RUNNER
-    killed = subprocess.run(dying, env=ENVIRONMENT, capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    assert train_apart(*command("cam", voc, out), prelude=KILLED).returncode == -signal.SIGKILL
     assert checkpoints.load(out / "checkpoint.pt")["position"] == (0, 1, 2)
     assert not (out / "metrics.json").exists()
-    done = subprocess.run(command(voc, out), env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = train_apart(*command("cam", voc, out))
     assert done.returncode == 0, done.stderr
     assert "resuming" in done.stdout
     assert metrics(out) == metrics(unbroken[0])
@@ -95,10 +84,8 @@ def test_the_command_runs_under_torchrun(voc, unbroken, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = tmp_path / "runner.py"
     script.write_text(RUNNER)
-    arguments = command(voc, out)[3:]
-    done = subprocess.run(
-        [*launcher, str(script), *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
+    arguments = [*launcher, script, *map(str, command("cam", voc, out))]
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trained in") == 1  # only one process prints
     assert metrics(out)["validation"]["images"] == 12
@@ -163,16 +150,10 @@ def test_processes_train_one_model_and_count_what_one_counts(voc, tmp_path):
     assert done.stdout.count("agreed") == 2
 
 
-def parse(voc, out, *more):
-    parser = argparse.ArgumentParser()
-    train.add_arguments(parser)
-    return parser.parse_args(command(voc, out, *more)[3:])
-
-
 def test_a_finished_run_prints_its_figures_and_does_nothing(voc, unbroken, capsys):
     out, _ = unbroken
     before = {file: file.stat().st_mtime_ns for file in out.iterdir()}
-    assert train.main(parse(voc, out)) == 0
+    assert train_here(*command("cam", voc, out)) == 0
     assert "is finished" in capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == before
 
@@ -180,7 +161,7 @@ def test_a_finished_run_prints_its_figures_and_does_nothing(voc, unbroken, capsy
 def test_other_settings_are_an_error_that_names_them(voc, unbroken, capsys):
     out, _ = unbroken
     before = {file: file.stat().st_mtime_ns for file in out.iterdir()}
-    assert train.main(parse(voc, out, "--lr", "0.5", "--seed", "7")) == 2
+    assert train_here(*command("cam", voc, out, "--lr", 0.5, "--seed", 7)) == 2
     message = capsys.readouterr().err
     assert "seed: 0 there, 7 now" in message
     assert "lr: 0.004 there, 0.5 now" in message
@@ -190,7 +171,7 @@ def test_other_settings_are_an_error_that_names_them(voc, unbroken, capsys):
 
 def test_a_folder_of_something_else_is_left_alone(voc, tmp_path, capsys):
     (tmp_path / "model.pt").write_text("precious")
-    assert train.main(parse(voc, tmp_path)) == 2
+    assert train_here(*command("cam", voc, tmp_path)) == 2
     assert "holds model.pt" in capsys.readouterr().err
     assert (tmp_path / "model.pt").read_text() == "precious"
 
@@ -214,16 +195,13 @@ def test_a_folder_of_something_else_is_left_alone(voc, tmp_path, capsys):
     ],
 )
 def test_bad_options_leave_nothing_behind(voc, tmp_path, capsys, more, message):
-    assert train.main(parse(voc, tmp_path / "run", *more)) == 2
+    assert train_here(*command("cam", voc, tmp_path / "run", *more)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 def test_evaluate_repeats_the_figures_of_training(voc, unbroken, tmp_path, capsys):
-    parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
-    arguments = ["--checkpoint", str(unbroken[0]), "--out", str(tmp_path), "--panels", "0", "--device", "cpu"]
-    assert evaluate.main(parser.parse_args(arguments)) == 0
+    assert evaluate_here(unbroken[0], tmp_path, "--panels", 0) == 0
     assert abs(metrics(tmp_path)["validation"]["mIoU"] - metrics(unbroken[0])["validation"]["mIoU"]) < 1e-3
     assert not (tmp_path / "panels.png").exists()
     assert "mIoU" in capsys.readouterr().out
@@ -231,31 +209,25 @@ def test_evaluate_repeats_the_figures_of_training(voc, unbroken, tmp_path, capsy
 
 @pytest.mark.parametrize(("option", "message"), [("--scales", "scales must be"), ("--panels", "--panels must be")])
 def test_evaluate_refuses_bad_options(unbroken, tmp_path, capsys, option, message):
-    parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
-    arguments = ["--checkpoint", str(unbroken[0]), "--out", str(tmp_path / "out"), "--device", "cpu", option, "-1"]
-    assert evaluate.main(parser.parse_args(arguments)) == 2
+    assert evaluate_here(unbroken[0], tmp_path / "out", option, -1) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_evaluate_tells_what_it_cannot_load(tmp_path, capsys):
-    parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
     for checkpoint, message in (
         (tmp_path, "model.pt does not exist"),
         (tmp_path / "x.pt", "is not a readable PyTorch file"),
     ):
         (tmp_path / "x.pt").write_bytes(b"nonsense")
-        arguments = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
-        assert evaluate.main(parser.parse_args(arguments)) == 2
+        assert evaluate_here(checkpoint, tmp_path / "out") == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
 
 def test_without_matplotlib_the_curve_is_left_out_and_training_says_so_first(voc, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("wsss_ops.training.report.has_matplotlib", lambda: False)
-    assert train.main(parse(voc, tmp_path / "run", "--epochs", "1")) == 0
+    assert train_here(*command("cam", voc, tmp_path / "run", "--epochs", 1)) == 0
     printed = capsys.readouterr().out
     assert printed.index("pip install matplotlib") < printed.index("trained in")
     assert not (tmp_path / "run" / "curve.png").exists()
