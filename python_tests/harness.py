@@ -102,6 +102,17 @@ def workspace(nbytes: int) -> Iterator[None]:
         set_workspace_limit(before)
 
 
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """What makes the CPU wait for a GPU raises."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 def in_threads(work: Callable[[], None]) -> None:
     """Calls work in four Python threads at once, and raises what it raises in any of them."""
     count = 4

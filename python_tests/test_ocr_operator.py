@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import in_threads, relative_error, untouched
+from harness import in_threads, no_waiting, relative_error, untouched
 from ocr_cases import WAYS, Case, assert_matches, run, tensors
 from torch import Tensor
 
@@ -164,12 +164,13 @@ def test_current_stream_and_graphs(case: Case) -> None:
     expected = run(ocr_loss, given)
     values = given["logits"].clone()
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         given["logits"].zero_()
         torch.cuda._sleep(50_000_000)
         given["logits"].copy_(values)
         logits = given["logits"].requires_grad_()
-        with torch.cuda.set_sync_debug_mode("error"):
+        with no_waiting():
             loss = ocr_loss(**given)
             (gradient,) = torch.autograd.grad(loss, logits)
     stream.synchronize()

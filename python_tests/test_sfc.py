@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import FLOATS, LAYOUTS, in_threads, instruction_set, relative_error, threads, untouched
+from harness import FLOATS, LAYOUTS, in_threads, instruction_set, no_waiting, relative_error, threads, untouched
 from torch import Tensor
 
 from wsss_ops import _backend, distribution_coefficients, msdw_loss, normalize_cam, reference
@@ -244,12 +244,13 @@ def test_current_stream_and_graphs() -> None:
     expected = run(msdw_loss, given)
     values = given["cam_w"].clone()
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         given["cam_w"].zero_()
         torch.cuda._sleep(50_000_000)
         given["cam_w"].copy_(values)
         cams = [given[name].requires_grad_() for name in CAMS]
-        with torch.cuda.set_sync_debug_mode("error"):
+        with no_waiting():
             gradients = torch.autograd.grad(msdw_loss(**given) * 0.7, cams)
     stream.synchronize()
     assert all(map(torch.equal, gradients, expected[1:]))
