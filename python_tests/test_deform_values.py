@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf, nan
 
 import pytest
@@ -19,7 +20,9 @@ FUNCTIONS = {"operator": deform_conv2d, "reference": reference.deform_conv2d}
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 @pytest.mark.parametrize("value", [nan, inf, -inf, 1e9, -1e9, 1e30, -1e30])
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
-def test_offsets_out_of_this_world(device: torch.device, function, dtype: torch.dtype, value: float) -> None:
+def test_offsets_out_of_this_world(
+    device: torch.device, function: Callable[..., Tensor], dtype: torch.dtype, value: float
+) -> None:
     """Such a sample, its own gradients and its part in all others are exactly 0: as if masked out by 0."""
     given = tensors(CASE, device, dtype)
     pairs = given["offset"].unflatten(1, (-1, 2))

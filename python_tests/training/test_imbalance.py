@@ -1,14 +1,18 @@
 """Long-tailed training sets: quotas and choice on known tags, groups of classes, and runs that use them."""
 
-import argparse
+from __future__ import annotations
+
 import json
 import re
 import signal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from training.runs import killed_at, train_apart, train_here
+from torch import Tensor
+from training.runs import command, evaluate_here, killed_at, train_apart, train_here
 from training.voc_folder import make_voc
 
 from wsss_ops.training import checkpoints, evaluate
@@ -17,15 +21,14 @@ from wsss_ops.training.imbalance import LongTailed, group_figures, group_table, 
 from wsss_ops.training.settings import Settings
 
 RATIO = 4
-COMMON = "--backbone tiny --size 32 --batch-size 4 --epochs 2 --workers 0 --device cpu --panels 0 --save-every 0"
 
 
-def tags_of(*images):
+def tags_of(*images: str) -> Tensor:
     """Tags of four classes from a text per image that names those in it."""
     return torch.tensor([[name in image for name in "abcd"] for image in images])
 
 
-def kept_of(images, classes, ratio):
+def kept_of(images: list[str], classes: int, ratio: float) -> tuple[list[str], list[int]]:
     """The images kept, and how many show each class."""
     tags = tags_of(*images)
     kept = kept_images(tags, range(1 + classes), ratio)
@@ -47,11 +50,11 @@ def kept_of(images, classes, ratio):
         ([0, 0], 50, [0, 0]),
     ],
 )
-def test_quotas_fall_exponentially_with_the_rank(images, ratio, expected):
+def test_quotas_fall_exponentially_with_the_rank(images: list[int], ratio: float, expected: list[int]) -> None:
     assert quotas(images, ratio) == expected
 
 
-def test_quotas_are_met_from_the_rarest_class_on():
+def test_quotas_are_met_from_the_rarest_class_on() -> None:
     images = ["a"] * 8 + ["ab"] * 2 + ["b"] * 4 + ["ac"] * 2 + ["bc"] * 2 + [""] * 3
     kept, found = kept_of(images, 3, 6)  # quotas 12, 5 and 2
     assert found[1:] == [5, 2]
@@ -61,19 +64,19 @@ def test_quotas_are_met_from_the_rarest_class_on():
     assert kept.count("ab") + kept.count("b") + kept.count("bc") == 5
 
 
-def test_a_frequent_class_loses_the_images_that_show_a_rare_one_too():
+def test_a_frequent_class_loses_the_images_that_show_a_rare_one_too() -> None:
     kept, found = kept_of(["a", "ab"] * 6, 2, 4)  # quotas 12 and 3
     assert found == [9, 3]
     assert kept.count("a") == 6
 
 
-def test_a_frequent_class_that_came_along_with_a_rare_one_is_not_exceeded():
+def test_a_frequent_class_that_came_along_with_a_rare_one_is_not_exceeded() -> None:
     kept, found = kept_of(["a"] * 16 + ["bd"] * 8 + ["bc"] * 8, 4, 2)  # quotas 16, 13, 8 and 8
     assert found == [16, 13, 5, 8]
     assert kept == ["a"] * 16 + ["bd"] * 8 + ["bc"] * 5
 
 
-def test_only_reported_classes_are_ranked():
+def test_only_reported_classes_are_ranked() -> None:
     tags = tags_of(*["b"] * 9, *["c"] * 9, "a", "d")
     kept = kept_images(tags, (0, 2, 3), 3)
     assert tags[kept].sum(0).tolist() == [1, 9, 3, 1]
@@ -82,7 +85,7 @@ def test_only_reported_classes_are_ranked():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_class_exceeds_its_quota_and_no_image_is_dropped_without_need(seed):
+def test_no_class_exceeds_its_quota_and_no_image_is_dropped_without_need(seed: int) -> None:
     generator = np.random.default_rng(seed)
     rates, ratio = generator.uniform(0.02, 0.5, 6), float(generator.uniform(1, 40))
     tags = torch.from_numpy(generator.random((300, 6)) < rates)
@@ -97,7 +100,7 @@ def test_no_class_exceeds_its_quota_and_no_image_is_dropped_without_need(seed):
     assert kept_images(tags, range(7), 1) == list(range(300))
 
 
-def test_the_choice_depends_on_nothing_else_and_is_spread():
+def test_the_choice_depends_on_nothing_else_and_is_spread() -> None:
     choices = []
     for seed in range(2):
         np.random.seed(seed)
@@ -107,11 +110,11 @@ def test_the_choice_depends_on_nothing_else_and_is_spread():
 
 
 @pytest.fixture(scope="module")
-def voc(tmp_path_factory):
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_voc(tmp_path_factory.mktemp("imbalance") / "voc", training=50)
 
 
-def test_the_thinned_set_has_the_items_of_the_whole(voc):
+def test_the_thinned_set_has_the_items_of_the_whole(voc: Path) -> None:
     whole = open_dataset(voc, "train")
     thinned = LongTailed(whole, RATIO)
     assert thinned.summary() == "long-tailed: 23 of 40 images; cat 15, person 12, dog 6"
@@ -126,7 +129,7 @@ def test_the_thinned_set_has_the_items_of_the_whole(voc):
     assert fingerprint(thinned) != fingerprint(whole)
 
 
-def rows(*values):
+def rows(*values: float | None) -> dict[str, dict[str, float | None]]:
     """Rows of classes c0, c1, ... whose IoU, precision and recall are a value, its half and its quarter."""
     return {
         f"c{number}": {"IoU": value, "precision": value and value / 2, "recall": value and value / 4}
@@ -134,7 +137,7 @@ def rows(*values):
     }
 
 
-def test_groups_are_thirds_by_training_images_and_means_of_their_rows():
+def test_groups_are_thirds_by_training_images_and_means_of_their_rows() -> None:
     images = {"c0": 5, "c1": 80, "c2": 70, "c3": 60, "c4": 50, "c5": 40, "c6": 30, "c7": 20}
     found = group_figures(rows(0.8, 0.2, 0.4, 0.6, 0.1, 0.5, None, 0.4), images)
     assert found == {
@@ -150,7 +153,7 @@ def test_groups_are_thirds_by_training_images_and_means_of_their_rows():
 
 
 @pytest.mark.parametrize(("classes", "sizes"), [(1, [1, 0, 0]), (2, [1, 0, 1]), (3, [1, 1, 1]), (7, [3, 2, 2])])
-def test_left_over_classes_go_to_the_head_then_to_the_tail(classes, sizes):
+def test_left_over_classes_go_to_the_head_then_to_the_tail(classes: int, sizes: list[int]) -> None:
     images = {f"c{number}": 9 - number for number in range(classes)}
     found = group_figures(rows(*[0.5] * classes), images)
     assert [len(group["classes"]) for group in found.values()] == sizes
@@ -159,20 +162,16 @@ def test_left_over_classes_go_to_the_head_then_to_the_tail(classes, sizes):
 
 
 @pytest.mark.parametrize(("value", "what"), [(0.5, "at least 1"), (float("nan"), "finite"), (float("inf"), "finite")])
-def test_an_imbalance_out_of_range_is_an_error(value, what):
+def test_an_imbalance_out_of_range_is_an_error(value: float, what: str) -> None:
     with pytest.raises(ValueError, match=f"imbalance must be {what}, got {value}"):
         Settings(imbalance=value)
 
 
-def command(system, voc, out, *more):
-    return [system, "--data", voc, *COMMON.split(), "--out", out, *more]
-
-
-def read(path):
+def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def check_groups(folder, images):
+def check_groups(folder: Path, images: dict[str, int]) -> None:
     """That both splits have the groups of these training images, as means of their rows."""
     metrics = read(folder / "metrics.json")
     for split in ("development", "validation"):
@@ -181,7 +180,7 @@ def check_groups(folder, images):
 
 
 @pytest.fixture(scope="module")
-def long_tailed(voc, tmp_path_factory):
+def long_tailed(voc: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a CAM run on a long tail that was killed and resumed, and what it printed."""
     out = tmp_path_factory.mktemp("imbalance") / "cam"
     options = command("cam", voc, out, "--imbalance", RATIO)
@@ -192,7 +191,7 @@ def long_tailed(voc, tmp_path_factory):
     return out, done.stdout
 
 
-def test_a_run_on_a_long_tail_resumes_and_leaves_groups(voc, long_tailed):
+def test_a_run_on_a_long_tail_resumes_and_leaves_groups(voc: Path, long_tailed: tuple[Path, str]) -> None:
     out, printed = long_tailed
     assert "resuming at cam, epoch 2, step 3" in printed
     thinned = LongTailed(open_dataset(voc, "train"), RATIO)
@@ -206,7 +205,9 @@ def test_a_run_on_a_long_tail_resumes_and_leaves_groups(voc, long_tailed):
     assert re.search(r"^head .* cat 15\nmiddle .* person 12\ntail .* dog 6$", printed, re.MULTILINE)
 
 
-def test_a_finished_run_is_recognised_and_another_imbalance_named(voc, long_tailed, capsys):
+def test_a_finished_run_is_recognised_and_another_imbalance_named(
+    voc: Path, long_tailed: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     out, _ = long_tailed
     assert train_here(*command("cam", voc, out, "--imbalance", RATIO)) == 0
     assert "is finished" in (printed := capsys.readouterr().out)
@@ -215,15 +216,14 @@ def test_a_finished_run_is_recognised_and_another_imbalance_named(voc, long_tail
     assert "imbalance: 4.0 there, 2.0 now" in capsys.readouterr().err
 
 
-def test_evaluation_afterwards_has_the_groups_of_the_model_file(long_tailed, tmp_path):
-    parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
-    arguments = ["--checkpoint", str(long_tailed[0]), "--out", str(tmp_path), "--panels", "0", "--device", "cpu"]
-    assert evaluate.main(parser.parse_args(arguments)) == 0
+def test_evaluation_afterwards_has_the_groups_of_the_model_file(long_tailed: tuple[Path, str], tmp_path: Path) -> None:
+    assert evaluate_here(long_tailed[0], tmp_path, "--panels", 0) == 0
     check_groups(tmp_path, {"cat": 15, "person": 12, "dog": 6})
 
 
-def test_a_run_on_all_images_is_that_of_before_the_setting(voc, long_tailed, tmp_path, capsys):
+def test_a_run_on_all_images_is_that_of_before_the_setting(
+    voc: Path, long_tailed: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its record is what older runs have, its model file loads where it lacks what theirs lack, and groups are none;
     a run on a long tail cannot start from it: its CAM has seen what the tail leaves out."""
     plain, esol = tmp_path / "plain", tmp_path / "esol"
@@ -246,7 +246,7 @@ def test_a_run_on_all_images_is_that_of_before_the_setting(voc, long_tailed, tmp
         check_groups(folder, {"cat": 15, "person": 12, "dog": 6})
 
 
-def test_segmentation_networks_have_groups_too(voc, long_tailed, tmp_path):
+def test_segmentation_networks_have_groups_too(voc: Path, long_tailed: tuple[Path, str], tmp_path: Path) -> None:
     out = tmp_path / "ocr"
     assert train_here(*command("ocr", voc, out, "--imbalance", RATIO, "--cams", long_tailed[0])) == 0
     assert len(list((out / "pseudo_labels").glob("*.png"))) == 23

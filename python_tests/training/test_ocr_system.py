@@ -1,56 +1,55 @@
 """OCR's training: pseudo-labels and their geometry, the loss, figures against brute force, resumption, errors."""
 
-import argparse
+from __future__ import annotations
+
 import json
 import re
 import signal
+import subprocess
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.nn import functional as F
-from training.runs import killed_at, train_apart, train_here
+from training.runs import command, evaluate_here, killed_at, train_apart, train_here
 from training.systems import ToySystem
 from training.voc_folder import make_voc, save_mask
 
 import wsss_ops
 from wsss_ops import reference
-from wsss_ops.training import checkpoints, evaluate, segmentation, train
+from wsss_ops.training import checkpoints, segmentation, train
 from wsss_ops.training.batches import Batch, TrainingBatches, augment
-from wsss_ops.training.data import open_dataset
+from wsss_ops.training.data import Sample, open_dataset
 from wsss_ops.training.inference import infer_cams
 from wsss_ops.training.ocr import OcrSettings, OcrSystem, with_background
 from wsss_ops.training.processes import Processes
 from wsss_ops.training.pseudo_labels import PseudoLabelled, make_pseudo_labels
 
-SMALL = {"backbone": "tiny", "size": 32, "batch_size": 4, "cams": "somewhere"}
-COMMON = "--backbone tiny --size 32 --batch-size 4 --workers 0 --device cpu --panels 2 --save-every 0 --epochs 2"
+SMALL: dict[str, Any] = {"backbone": "tiny", "size": 32, "batch_size": 4, "cams": "somewhere"}
 
 
 @pytest.fixture(scope="module")
-def voc(tmp_path_factory):
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_voc(tmp_path_factory.mktemp("ocr") / "voc")
 
 
-def command(system, voc, out, *more):
-    return [system, "--data", str(voc), *COMMON.split(), "--out", str(out), *map(str, more)]
-
-
 @pytest.fixture(scope="module")
-def cams(voc, tmp_path_factory):
+def cams(voc: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ocr") / "cams"
     assert train_here(*command("cam", voc, out)) == 0
     return out
 
 
-def make(ops=wsss_ops, **settings):
+def make(ops: Any = wsss_ops, **settings: Any) -> OcrSystem:
     torch.manual_seed(0)
     return OcrSystem(OcrSettings(**SMALL | settings), 3, ops)
 
 
-def batch():
+def batch() -> Batch:
     torch.manual_seed(1)
     tags = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
     masks = torch.randint(0, 3, (4, 33, 33), dtype=torch.uint8)
@@ -60,7 +59,7 @@ def batch():
     return Batch(torch.randn(4, 3, 33, 33), tags, valid, torch.arange(4), masks)
 
 
-def test_masks_go_through_the_geometry_of_their_image():
+def test_masks_go_through_the_geometry_of_their_image() -> None:
     mask = torch.zeros(40, 60, dtype=torch.uint8)
     mask[5:25, 30:50] = 7
     image = torch.where(mask == 7, 220, 40).to(torch.uint8).expand(3, -1, -1)
@@ -77,7 +76,7 @@ def test_masks_go_through_the_geometry_of_their_image():
     assert flipped == {True, False}
 
 
-def test_masks_change_nothing_else_of_a_batch(voc):
+def test_masks_change_nothing_else_of_a_batch(voc: Path) -> None:
     data = open_dataset(voc, "train")
     options = {"size": 32, "batch_size": 4, "seed": 3, "workers": 0, "processes": Processes()}
     plain, with_masks = (list(TrainingBatches(data, masks=masks, **options).epoch(1)) for masks in (False, True))
@@ -87,7 +86,7 @@ def test_masks_change_nothing_else_of_a_batch(voc):
         assert (b.masks[~b.valid] == 255).all()
 
 
-def test_pseudo_labels_are_the_best_cam_above_the_threshold(voc, tmp_path):
+def test_pseudo_labels_are_the_best_cam_above_the_threshold(voc: Path, tmp_path: Path) -> None:
     data, system = open_dataset(voc, "train"), ToySystem(20)
     make_pseudo_labels(system, data, (1.0,), 0.4, tmp_path, Processes(), {"cams": "toy"})
     record = json.loads((tmp_path / "labels.json").read_text())
@@ -105,7 +104,7 @@ def test_pseudo_labels_are_the_best_cam_above_the_threshold(voc, tmp_path):
     assert len(seen) > 2
 
 
-def test_pseudo_labels_that_are_there_are_kept(voc, tmp_path):
+def test_pseudo_labels_that_are_there_are_kept(voc: Path, tmp_path: Path) -> None:
     data = open_dataset(voc, "train")
     name, shape = data[3].name, data[3].mask.shape
     save_mask(tmp_path / f"{name}.png", np.full(shape, 5, np.uint8))
@@ -126,7 +125,7 @@ class Painter(ToySystem):
 
     stride = 1
 
-    def logits(self, images):
+    def logits(self, images: Tensor) -> Tensor:
         grey = images.mean(1)
         return torch.stack([-((grey - level) ** 2) for level in (-2.0, 0.0, 2.0)], 1)
 
@@ -136,10 +135,10 @@ class Few:
 
     classes, report_classes = ("background", "a", "b"), (0, 1, 2)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return 3
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Sample:
         generator = torch.Generator().manual_seed(index)
         levels = torch.tensor([10, 120, 240], dtype=torch.uint8)
         image = levels[torch.randint(0, 3, (9, 11), generator=generator)].expand(3, -1, -1)
@@ -149,7 +148,7 @@ class Few:
         return wsss_ops.training.data.Sample(image, mask, tags, f"image {index}")
 
 
-def test_figures_are_those_of_brute_force():
+def test_figures_are_those_of_brute_force() -> None:
     result = segmentation.evaluate(Painter(), Few(), Few(), (1.0,), Processes())["validation"]
     outside = total = 0
     hits, unions = [0] * 3, [0] * 3
@@ -173,7 +172,7 @@ def test_figures_are_those_of_brute_force():
     assert result["mIoU"] == pytest.approx(sum(h / u for h, u in zip(hits, unions, strict=True)) / 3, abs=1e-6)
 
 
-def test_the_loss_is_cross_entropy_and_the_weighted_ranking():
+def test_the_loss_is_cross_entropy_and_the_weighted_ranking() -> None:
     given = batch()
     system = make(ocr_weight=0.7, ocr_threshold=0.3, ocr_margin=0.1, ocr_scale=2.0)
     system.network.prior.copy_(torch.rand(3, 3))
@@ -192,9 +191,9 @@ def test_the_loss_is_cross_entropy_and_the_weighted_ranking():
     torch.testing.assert_close(figures["OCR"], ranking.detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_without_the_ranking_no_operator_is_called():
+def test_without_the_ranking_no_operator_is_called() -> None:
     class Forbidden:
-        def __getattr__(self, name):
+        def __getattr__(self, name: str) -> NoReturn:
             raise AssertionError(f"{name} must not be called")
 
     loss, figures = make(Forbidden(), ocr_weight=0.0).loss(batch())
@@ -203,7 +202,7 @@ def test_without_the_ranking_no_operator_is_called():
 
 
 @pytest.mark.parametrize("prior", ["tags", "none"])
-def test_fused_and_reference_agree(prior):
+def test_fused_and_reference_agree(prior: str) -> None:
     pair = make(reference, prior=prior), make(wsss_ops, prior=prior)
     losses = [system.loss(batch())[0] for system in pair]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
@@ -214,7 +213,9 @@ def test_fused_and_reference_agree(prior):
         torch.testing.assert_close(other.grad, one.grad, rtol=1e-3, atol=max(tolerance, 1e-7), msg=name)
 
 
-def test_a_run_is_compared_with_its_baseline(voc, cams, tmp_path, capsys):
+def test_a_run_is_compared_with_its_baseline(
+    voc: Path, cams: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     without, again = tmp_path / "without", tmp_path / "with"
     assert train_here(*command("ocr", voc, without, "--cams", cams, "--ocr-weight", 0)) == 0
     record = json.loads((without / "pseudo_labels/labels.json").read_text())
@@ -234,29 +235,25 @@ def test_a_run_is_compared_with_its_baseline(voc, cams, tmp_path, capsys):
     assert torch.equal(prior, reference.annotation_correlation(tags))
 
 
-def test_evaluate_repeats_the_figures_of_training(voc, cams, tmp_path, capsys):
+def test_evaluate_repeats_the_figures_of_training(
+    voc: Path, cams: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert train_here(*command("ocr", voc, tmp_path / "run", "--cams", cams)) == 0
-    parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
-
-    def evaluated(checkpoint, out, *more):
-        options = ["--checkpoint", checkpoint, "--out", tmp_path / out, "--device", "cpu", *more]
-        return evaluate.main(parser.parse_args([str(option) for option in options]))
-
-    assert evaluated(tmp_path / "run", "again") == 0
-    before = (tmp_path / "run/metrics.json").read_text()
+    run = tmp_path / "run"
+    assert evaluate_here(run, tmp_path / "again") == 0
+    before = (run / "metrics.json").read_text()
     assert json.loads(before)["validation"] == json.loads((tmp_path / "again/metrics.json").read_text())["validation"]
     capsys.readouterr()
-    assert evaluated(tmp_path / "run", "compared", "--baseline", tmp_path / "run") == 0
+    assert evaluate_here(run, tmp_path / "compared", "--baseline", run) == 0
     assert (
         len([line for line in capsys.readouterr().out.splitlines() if line.startswith(("baseline", "this run"))]) == 2
     )
     widths = [Image.open(tmp_path / out / "oc.png").width for out in ("again", "compared")]
     assert widths[1] > widths[0]
-    assert evaluated(tmp_path / "run", "run") == 2
+    assert evaluate_here(run, run) == 2
     assert "is the folder of a training run, whose figures stay" in capsys.readouterr().err
-    assert (tmp_path / "run/metrics.json").read_text() == before
-    assert evaluated(cams, "other", "--baseline", tmp_path / "run") == 2
+    assert (run / "metrics.json").read_text() == before
+    assert evaluate_here(cams, tmp_path / "other", "--baseline", run) == 2
     assert "--baseline is for runs of ocr" in capsys.readouterr().err
 
 
@@ -273,8 +270,8 @@ checkpoints.write_atomic = write_or_die
 """
 
 
-def test_a_run_killed_twice_ends_as_an_unbroken_one(voc, cams, tmp_path):
-    def started(out, prelude=""):
+def test_a_run_killed_twice_ends_as_an_unbroken_one(voc: Path, cams: Path, tmp_path: Path) -> None:
+    def started(out: Path, prelude: str = "") -> subprocess.CompletedProcess[str]:
         return train_apart(*command("ocr", voc, out, "--cams", cams), prelude=prelude)
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -302,12 +299,14 @@ def test_a_run_killed_twice_ends_as_an_unbroken_one(voc, cams, tmp_path):
         ({"ocr_scale": 0.0}, "ocr_scale must be above 0, got 0.0"),
     ],
 )
-def test_bad_settings(settings, message):
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         OcrSettings(**SMALL | settings)
 
 
-def test_what_does_not_fit_is_an_error_before_anything_is_made(voc, cams, tmp_path, capsys):
+def test_what_does_not_fit_is_an_error_before_anything_is_made(
+    voc: Path, cams: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     classes = open_dataset(voc, "train").classes
     settings = {"backbone": "tiny", "cams": "somewhere"}
     network = OcrSystem(OcrSettings(**settings), len(classes), wsss_ops).network.state_dict()
@@ -333,7 +332,7 @@ def test_what_does_not_fit_is_an_error_before_anything_is_made(voc, cams, tmp_pa
         assert not (tmp_path / "out").exists()
 
 
-def test_the_example_in_the_readme_runs():
+def test_the_example_in_the_readme_runs() -> None:
     readme = (Path(train.__file__).parent / "README.md").read_text()
     example = readme.split("## OCR")[1].split("```python\n")[1].split("```")[0]
     logits = torch.randn(2, 4, 8, 8, requires_grad=True)

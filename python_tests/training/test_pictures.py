@@ -1,5 +1,11 @@
+"""Pictures of runs: colours, panels, curves and displacements, and the errors of what cannot be drawn."""
+
+from __future__ import annotations
+
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -49,7 +55,7 @@ def test_palette_cannot_be_changed_by_a_caller() -> None:
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
-def test_colorize(kind) -> None:
+def test_colorize(kind: Callable[[np.ndarray], Any]) -> None:
     picture = colorize(kind(np.array([[0, 1], [15, 255]], np.uint8)))
     assert picture.tolist() == [[[0, 0, 0], [128, 0, 0]], [[192, 128, 128], [224, 224, 192]]]
 
@@ -76,7 +82,7 @@ def test_overlay_goes_from_blue_to_red_over_the_photo() -> None:
         (np.zeros((3, 4, 5), np.uint8), np.full((4, 5), np.nan), "heat must lie in 0..1, got nan"),
     ],
 )
-def test_overlay_refuses(image, heat, message) -> None:
+def test_overlay_refuses(image: np.ndarray, heat: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         overlay(image, heat)
 
@@ -162,7 +168,7 @@ def test_tensors_and_a_very_long_title(tmp_path: Path) -> None:
         ({"prediction": np.zeros((1, 96, 96), np.uint8)}, "prediction must be uint8"),
     ],
 )
-def test_panels_refuse_a_bad_row_and_leave_the_old_file(tmp_path: Path, changes, message) -> None:
+def test_panels_refuse_a_bad_row_and_leave_the_old_file(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     path = tmp_path / "panels.png"
     path.write_bytes(b"old")
     with pytest.raises(ValueError, match=r"rows\[1\] \(a row\): " + message):
@@ -179,8 +185,8 @@ def test_panels_refuse_no_rows_and_classes_without_a_name(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
-def test_no_part_of_a_file_is_left_when_writing_fails(tmp_path: Path, monkeypatch) -> None:
-    def fail(self, file, *args) -> None:
+def test_no_part_of_a_file_is_left_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Image.Image, file: BinaryIO, *args: object) -> None:
         file.write(b"half")
         raise OSError("disk full")
 
@@ -216,13 +222,15 @@ def test_curve(tmp_path: Path) -> None:
         (THRESHOLDS, CURVES, float("nan"), "chosen must lie among"),
     ],
 )
-def test_curve_refuses(tmp_path: Path, thresholds, curves, chosen, message) -> None:
+def test_curve_refuses(
+    tmp_path: Path, thresholds: list[float], curves: dict[str, list[float]], chosen: float, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         save_curve(tmp_path / "curve.png", thresholds, curves, chosen, "title")
     assert not list(tmp_path.iterdir())
 
 
-def test_curve_says_how_to_get_matplotlib(tmp_path: Path, monkeypatch) -> None:
+def test_curve_says_how_to_get_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert has_matplotlib()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert not has_matplotlib()

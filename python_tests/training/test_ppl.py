@@ -1,46 +1,40 @@
 """PPL: what learns in each stage and from where, what a stage starts with, fused against reference, resumption."""
 
+from __future__ import annotations
+
 import json
 import signal
+import subprocess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
-from training.runs import killed_at, train_apart, train_here
+from training.runs import command, killed_at, train_apart, train_here
+from training.systems import batch, gradients
 from training.voc_folder import make_voc
 
 import wsss_ops
 from wsss_ops import reference
 from wsss_ops.training import checkpoints, evaluate
-from wsss_ops.training.batches import Batch
 from wsss_ops.training.comparison import compare
 from wsss_ops.training.ppl import CAM, PplSettings, PplSystem
 from wsss_ops.training.processes import Processes
 
-SMALL = {"backbone": "tiny", "size": 32, "batch_size": 4}
+SMALL: dict[str, Any] = {"backbone": "tiny", "size": 32, "batch_size": 4}
 MODES = ("progressive", "explicit")
 STAGES = {"progressive": ["cam", "patches1", "patches2"], "explicit": ["cam", "patches"]}
 
 
-def make(ops=wsss_ops, **settings):
+def make(ops: ModuleType = wsss_ops, **settings: Any) -> PplSystem:
     torch.manual_seed(0)
     return PplSystem(PplSettings(**SMALL, **settings), 3, ops)
 
 
-def batch():
-    torch.manual_seed(1)
-    images = torch.randn(4, 3, 33, 33)
-    tags = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
-    return Batch(images, tags, torch.ones(4, 33, 33, dtype=torch.bool), torch.arange(4))
-
-
-def gradients(system, loss):
-    system.network.zero_grad(set_to_none=True)
-    loss.backward()
-    return {name: p.grad for name, p in system.network.named_parameters() if p.grad is not None}
-
-
-def cams(system, stage):
+def cams(system: PplSystem, stage: int) -> Tensor:
     system.enter(stage)
     system.network.eval()
     with torch.no_grad():
@@ -49,7 +43,7 @@ def cams(system, stage):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("tune_blocks", [-1, 2])
-def test_gradients_reach_what_a_stage_trains_and_nothing_else(mode, tune_blocks):
+def test_gradients_reach_what_a_stage_trains_and_nothing_else(mode: str, tune_blocks: int) -> None:
     system = make(mode=mode, tune_blocks=tune_blocks)
     assert [stage.name for stage in system.stages()] == STAGES[mode]
     for stage in range(len(STAGES[mode])):
@@ -69,7 +63,7 @@ def test_gradients_reach_what_a_stage_trains_and_nothing_else(mode, tune_blocks)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_explicit_gradients_end_where_maps_are_split(mode):
+def test_explicit_gradients_end_where_maps_are_split(mode: str) -> None:
     """With the whole map out of the classifier, gradients come through the patches alone."""
     system = make(mode=mode, positions=(2,), grids=(2,))
     system.enter(1)
@@ -80,7 +74,7 @@ def test_explicit_gradients_end_where_maps_are_split(mode):
     assert reached == ({"1", "2"} if mode == "explicit" else {"0", "1", "2"})
 
 
-def test_a_stage_is_patch_learning_at_its_position():
+def test_a_stage_is_patch_learning_at_its_position() -> None:
     system = make()
     network, images = system.network, batch().images
     for stage, (last, side) in enumerate(((3, 2), (2, 4)), 1):
@@ -91,7 +85,7 @@ def test_a_stage_is_patch_learning_at_its_position():
         assert torch.allclose(network(images)[1], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_explicit_stage_concatenates_all_branches():
+def test_explicit_stage_concatenates_all_branches() -> None:
     system = make(mode="explicit", positions=(2, 3, 2), grids=(1, 2, 4))
     system.enter(1)
     network, images = system.network.eval(), batch().images
@@ -107,7 +101,7 @@ def test_explicit_stage_concatenates_all_branches():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_stages_start_where_the_one_before_ended(mode):
+def test_stages_start_where_the_one_before_ended(mode: str) -> None:
     """Patches as large as the map show what the map does. 4 x 4 cells of 8 pixels: no patch is padded."""
     system = make(mode=mode, grids=(1, 1))
     images = batch().images[:, :, :32, :32]
@@ -121,7 +115,7 @@ def test_stages_start_where_the_one_before_ended(mode):
         assert torch.allclose(later, maps[0], rtol=1e-4, atol=1e-6)
 
 
-def test_a_stage_goes_on_with_the_classifier_of_the_stage_before():
+def test_a_stage_goes_on_with_the_classifier_of_the_stage_before() -> None:
     system = make()
     system.enter(CAM)
     system.enter(1)
@@ -136,7 +130,7 @@ def test_a_stage_goes_on_with_the_classifier_of_the_stage_before():
     assert torch.equal(weight, learnt)
 
 
-def test_statistics_are_those_of_the_cam():
+def test_statistics_are_those_of_the_cam() -> None:
     system = make()
     system.enter(1)
     system.network.train()
@@ -147,7 +141,7 @@ def test_statistics_are_those_of_the_cam():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_fused_and_reference_agree(mode):
+def test_fused_and_reference_agree(mode: str) -> None:
     systems = {"reference": make(reference, mode=mode), "fused": make(wsss_ops, mode=mode)}
     table = compare(systems, [batch()] * 3, Processes())
     apart = [line for line in table.splitlines() if "largest difference" in line]
@@ -158,7 +152,7 @@ def test_fused_and_reference_agree(mode):
         assert parameters < 1e-4
 
 
-def test_the_model_file_knows_its_stage():
+def test_the_model_file_knows_its_stage() -> None:
     system = make()
     expected = cams(system, 2)
     other = make(seed=1)
@@ -173,7 +167,7 @@ def test_the_model_file_knows_its_stage():
 
 @pytest.mark.parametrize("size", [(9, 9), (17, 33), (65, 41)])
 @pytest.mark.parametrize("mode", MODES)
-def test_maps_of_any_size_have_patches(mode, size):
+def test_maps_of_any_size_have_patches(mode: str, size: tuple[int, int]) -> None:
     """Smaller than the grid, too."""
     system = make(mode=mode)
     system.enter(1)
@@ -194,19 +188,18 @@ def test_maps_of_any_size_have_patches(mode, size):
         ({"positions": (5, 2)}, r"positions must be at most 4, the blocks of tiny, got \(5, 2\)"),
     ],
 )
-def test_bad_settings(setting, message):
+def test_bad_settings(setting: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**setting)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_run_can_start_from_a_finished_cam_run(tmp_path, capsys, mode):
+def test_a_run_can_start_from_a_finished_cam_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str) -> None:
     voc = make_voc(tmp_path / "voc")
-    common = ["--data", voc, "--backbone", "tiny", "--size", 32, "--batch-size", 4, "--workers", 0, "--device", "cpu"]
-    assert train_here("cam", *common, "--epochs", 1, "--out", tmp_path / "cam", "--panels", 0) == 0
+    assert train_here(*command("cam", voc, tmp_path / "cam", "--epochs", 1, "--panels", 0)) == 0
     capsys.readouterr()
     options = ["--mode", mode, "--stage-epochs", 1, "--panels", 0, "--positions", 3, 1, "--grids", 2, 3]
-    assert train_here("ppl", *common, *options, "--start", tmp_path / "cam", "--out", tmp_path / "ppl") == 0
+    assert train_here(*command("ppl", voc, tmp_path / "ppl", *options, "--start", tmp_path / "cam")) == 0
     assert f"starting with {STAGES[mode][1]}" in capsys.readouterr().out
     cam = checkpoints.load(tmp_path / "cam/model.pt")["network"]
     first = checkpoints.load(tmp_path / "ppl/cam.pt")["network"]
@@ -219,15 +212,11 @@ def test_a_run_can_start_from_a_finished_cam_run(tmp_path, capsys, mode):
     assert system.network.stage == len(STAGES[mode]) - 1
 
 
-def test_a_run_killed_in_the_last_stage_ends_as_an_unbroken_one(tmp_path):
+def test_a_run_killed_in_the_last_stage_ends_as_an_unbroken_one(tmp_path: Path) -> None:
     voc = make_voc(tmp_path / "voc")
 
-    settings = "--backbone tiny --size 32 --batch-size 4 --epochs 1 --stage-epochs 1"
-    further = "--workers 0 --device cpu --panels 2 --save-every 0"
-
-    def run(out, prelude=""):
-        options = ["ppl", "--data", voc, "--out", out, *settings.split(), *further.split()]
-        return train_apart(*options, prelude=prelude)
+    def run(out: Path, prelude: str = "") -> subprocess.CompletedProcess[str]:
+        return train_apart(*command("ppl", voc, out, "--epochs", 1, "--stage-epochs", 1), prelude=prelude)
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = run(whole)

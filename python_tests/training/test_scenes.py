@@ -1,5 +1,10 @@
+"""The drawn scenes: repeatable, annotated as the protocol says, with the difficulties that the methods are about."""
+
+from __future__ import annotations
+
 import hashlib
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,7 +134,7 @@ def test_iteration_ends() -> None:
         ({"split": "train", "count": 0}, "count must be at least 1, got 0"),
     ],
 )
-def test_bad_arguments(arguments, message) -> None:
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SceneDataset(**arguments)
 

@@ -1,19 +1,25 @@
 """SFC: what learns and from what, the steps of its loss, the bank in a run, the parts of its CAM, resumption."""
 
+from __future__ import annotations
+
 import json
 import signal
-from types import SimpleNamespace
+import subprocess
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
-from training.runs import killed_at, train_apart, train_here
+from training.runs import command, killed_at, train_apart, train_here
+from training.systems import batch, gradients
 from training.voc_folder import make_voc
 
 import wsss_ops
 from wsss_ops import reference
 from wsss_ops.training import checkpoints, evaluate
-from wsss_ops.training.batches import Batch
 from wsss_ops.training.cam import CAM, CamSystem
 from wsss_ops.training.comparison import compare
 from wsss_ops.training.inference import infer_cams, infer_parts
@@ -22,12 +28,12 @@ from wsss_ops.training.processes import Processes
 from wsss_ops.training.settings import Settings
 from wsss_ops.training.sfc import SfcSettings, SfcSystem, affinity, halve, propagate
 
-SMALL = {"backbone": "tiny", "size": 32, "batch_size": 4}
+SMALL: dict[str, Any] = {"backbone": "tiny", "size": 32, "batch_size": 4}
 SFC = 1
 OWN = ("sides.", "embedding.")  # what the later stage adds
 
 
-def make(ops=wsss_ops, stage=None, **settings):
+def make(ops: ModuleType = wsss_ops, stage: int | None = None, **settings: Any) -> SfcSystem:
     torch.manual_seed(0)
     system = SfcSystem(SfcSettings(**SMALL, **settings), 3, ops)
     if stage is not None:
@@ -36,24 +42,9 @@ def make(ops=wsss_ops, stage=None, **settings):
     return system
 
 
-def batch(seed=1):
-    torch.manual_seed(seed)
-    images = torch.randn(4, 3, 33, 33)
-    tags = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
-    valid = torch.ones(4, 33, 33, dtype=torch.bool)
-    valid[0, :12] = False
-    return Batch(images, tags, valid, torch.arange(4))
-
-
-def gradients(system, loss):
-    system.network.zero_grad(set_to_none=True)
-    loss.backward()
-    return {name: p.grad for name, p in system.network.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize("stage", [CAM, SFC])
 @pytest.mark.parametrize("tune_blocks", [-1, 2])
-def test_gradients_reach_what_a_stage_trains_and_nothing_else(stage, tune_blocks):
+def test_gradients_reach_what_a_stage_trains_and_nothing_else(stage: int, tune_blocks: int) -> None:
     system = make(tune_blocks=tune_blocks)
     assert [one.name for one in system.stages()] == ["cam", "sfc"]
     groups = system.enter(stage)
@@ -70,7 +61,7 @@ def test_gradients_reach_what_a_stage_trains_and_nothing_else(stage, tune_blocks
     assert [group["lr"] for group in groups] == pytest.approx(rates)
 
 
-def test_the_backbone_learns_nothing_from_sides_and_embedding():
+def test_the_backbone_learns_nothing_from_sides_and_embedding() -> None:
     system = make(stage=SFC)
     maps = system.network.maps(batch().images)
     loss = sum(level.square().sum() for level in maps.levels) + affinity(maps.embedded).square().sum()
@@ -78,7 +69,7 @@ def test_the_backbone_learns_nothing_from_sides_and_embedding():
     assert set(found) == {name for name, _ in system.network.named_parameters() if name.startswith(OWN)}
 
 
-def test_what_makes_the_cam_learns_from_the_consistency_loss_too():
+def test_what_makes_the_cam_learns_from_the_consistency_loss_too() -> None:
     with_it, without = (
         gradients(system, system.loss(batch())[0])
         for system in (make(stage=SFC), make(stage=SFC, prototype_weight=0.0, scale_weight=0.0))
@@ -88,7 +79,7 @@ def test_what_makes_the_cam_learns_from_the_consistency_loss_too():
     assert not any(gradient.any() for name, gradient in without.items() if name.startswith(OWN))
 
 
-def test_pixels_become_weighted_means_of_those_like_them():
+def test_pixels_become_weighted_means_of_those_like_them() -> None:
     torch.manual_seed(0)
     embedded, cam = torch.randn(2, 5, 2, 3), torch.rand(2, 4, 2, 3)
     weights = affinity(embedded)
@@ -109,7 +100,7 @@ def test_pixels_become_weighted_means_of_those_like_them():
     assert torch.allclose(propagate(flat, weights), flat, rtol=1e-3)
 
 
-def test_the_background_is_what_no_class_claims_tagged_or_not():
+def test_the_background_is_what_no_class_claims_tagged_or_not() -> None:
     cam = torch.tensor([[[[4.0, 2.0], [-1.0, 0.0]], [[0.0, 6.0], [3.0, -2.0]]]])
     present = torch.tensor([[1.0, 1.0, 0.0]])
     valid = torch.tensor([[[True, True], [True, False]]])
@@ -124,7 +115,7 @@ def test_the_background_is_what_no_class_claims_tagged_or_not():
     assert whole[0, 0, 1, 1] == 1
 
 
-def test_valid_is_brought_to_the_size_of_the_cam():
+def test_valid_is_brought_to_the_size_of_the_cam() -> None:
     valid = torch.zeros(1, 4, 4, dtype=torch.bool)
     valid[:, 2:] = True
     normalised, inside = make().normalise(torch.ones(1, 2, 2, 2), torch.ones(1, 3), valid)
@@ -132,7 +123,7 @@ def test_valid_is_brought_to_the_size_of_the_cam():
     assert not normalised[:, :, 0].any()
 
 
-def test_loss_is_that_of_the_pieces():
+def test_loss_is_that_of_the_pieces() -> None:
     weights = {"prototype_weight": 0.7, "scale_weight": 1.3, "background_scale": 0.6}
     system = make(stage=SFC, **weights)
     network, given = system.network, batch()
@@ -167,7 +158,7 @@ def test_loss_is_that_of_the_pieces():
     assert consistency.item() > 0.05
 
 
-def sizes_seen(system, steps):
+def sizes_seen(system: SfcSystem, steps: int) -> list[int]:
     """How many images each step's first pass had."""
     seen, maps = [], system.network.maps
     system.network.maps = lambda images: (seen.append(len(images)), maps(images))[1]
@@ -177,7 +168,7 @@ def sizes_seen(system, steps):
     return seen[::2]
 
 
-def test_images_of_the_bank_join_from_the_second_step_on():
+def test_images_of_the_bank_join_from_the_second_step_on() -> None:
     assert sizes_seen(make(stage=SFC, bank=3), 3) == [4, 7, 7]
     without = make(stage=SFC, bank=0)
     assert sizes_seen(without, 3) == [4, 4, 4]
@@ -185,7 +176,7 @@ def test_images_of_the_bank_join_from_the_second_step_on():
     assert len(sizes_seen(make(stage=CAM), 2)) == 0
 
 
-def test_what_joins_are_the_last_images_with_their_tags_and_valid():
+def test_what_joins_are_the_last_images_with_their_tags_and_valid() -> None:
     system = make(stage=SFC, bank=2)
     earlier = batch(0)
     system.with_bank(earlier)
@@ -202,7 +193,7 @@ def test_what_joins_are_the_last_images_with_their_tags_and_valid():
         earlier = given
 
 
-def test_the_bank_survives_a_checkpoint(tmp_path):
+def test_the_bank_survives_a_checkpoint(tmp_path: Path) -> None:
     system = make(stage=SFC)
     sizes_seen(system, 2)
     checkpoints.save(tmp_path / "model.pt", {"network": system.network.state_dict()})
@@ -218,14 +209,14 @@ def test_the_bank_survives_a_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_coefficients_come_from_the_training_tags(processes):
+def test_coefficients_come_from_the_training_tags(processes: int) -> None:
     tags = torch.zeros(10, 4, dtype=torch.bool)
     tags[:8, 0] = tags[:2, 1] = tags[7:, 2] = True
     torch.manual_seed(0)
     system = SfcSystem(SfcSettings(**SMALL, bank=3), 5, wsss_ops)
 
     class Images(SimpleNamespace):
-        def __len__(self):
+        def __len__(self) -> int:
             return 10
 
     system.prepare(Images(tags=tags), Processes(count=processes))
@@ -235,7 +226,7 @@ def test_coefficients_come_from_the_training_tags(processes):
     assert "coefficients" in system.network.state_dict()
 
 
-def test_fused_and_reference_agree():
+def test_fused_and_reference_agree() -> None:
     systems = {"reference": make(reference), "fused": make(wsss_ops)}
     table = compare(systems, [batch(seed) for seed in range(4)], Processes())
     apart = [line for line in table.splitlines() if "largest difference" in line]
@@ -246,7 +237,7 @@ def test_fused_and_reference_agree():
         assert parameters < 1e-4
 
 
-def test_statistics_are_those_of_the_cam():
+def test_statistics_are_those_of_the_cam() -> None:
     system = make(stage=SFC)
     before = {name: value.clone() for name, value in system.network.backbone.named_buffers()}
     assert before  # the tiny backbone has BatchNorm
@@ -254,13 +245,13 @@ def test_statistics_are_those_of_the_cam():
     assert all(torch.equal(before[name], value) for name, value in system.network.backbone.named_buffers())
 
 
-def pictures(height=40, width=56):
+def pictures(height: int = 40, width: int = 56) -> tuple[Tensor, Tensor]:
     torch.manual_seed(3)
     tags = torch.tensor([[True, False], [True, True]])
     return torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8), tags
 
 
-def test_the_cam_is_the_refined_one_and_a_share_of_the_prototypes():
+def test_the_cam_is_the_refined_one_and_a_share_of_the_prototypes() -> None:
     system = make(stage=SFC, prototype_share=0.5)
     system.network.eval()
     images, tags = pictures()
@@ -277,7 +268,7 @@ def test_the_cam_is_the_refined_one_and_a_share_of_the_prototypes():
     assert torch.allclose(combined, (refined + 0.5 * prototype) / 1.5, atol=1e-6)
 
 
-def test_inference_refines_the_classifiers_cam():
+def test_inference_refines_the_classifiers_cam() -> None:
     system = make(stage=SFC)
     network = system.network.eval()
     images, tags = batch().images, torch.ones(4, 2, dtype=torch.bool)
@@ -289,7 +280,7 @@ def test_inference_refines_the_classifiers_cam():
     assert not torch.allclose(refined, raw.relu(), atol=1e-4)
 
 
-def test_prototypes_of_inference_are_those_of_training():
+def test_prototypes_of_inference_are_those_of_training() -> None:
     """From the unrefined CAM, masked by the tags, with the background scaled."""
     system = make(stage=SFC, background_scale=0.8)
     network = system.network.eval()
@@ -307,7 +298,7 @@ def test_prototypes_of_inference_are_those_of_training():
     assert prototype.any()
 
 
-def test_the_stage_cam_has_one_part():
+def test_the_stage_cam_has_one_part() -> None:
     system = make(stage=CAM)
     system.network.eval()
     images, tags = pictures()
@@ -316,7 +307,7 @@ def test_the_stage_cam_has_one_part():
     assert torch.equal(part, infer_cams(system, images, tags, (1.0,)))
 
 
-def test_the_model_file_knows_its_stage():
+def test_the_model_file_knows_its_stage() -> None:
     system = make(stage=SFC)
     system.network.eval()
     images, tags = pictures()
@@ -333,7 +324,7 @@ def test_the_model_file_knows_its_stage():
 
 @pytest.mark.parametrize("size", [(9, 9), (17, 33), (65, 41)])
 @pytest.mark.parametrize("output_stride", [8, 16])
-def test_maps_of_any_size_have_all_parts_and_a_loss(size, output_stride):
+def test_maps_of_any_size_have_all_parts_and_a_loss(size: tuple[int, int], output_stride: int) -> None:
     system = make(stage=SFC, output_stride=output_stride)
     given = batch()
     given = given._replace(images=torch.randn(4, 3, *size), valid=torch.ones(4, *size, dtype=torch.bool))
@@ -344,7 +335,7 @@ def test_maps_of_any_size_have_all_parts_and_a_loss(size, output_stride):
     assert [part.shape for part in system.cams(given.images, given.tags.bool())] == [shape] * 3
 
 
-def test_half_an_image_keeps_its_corners():
+def test_half_an_image_keeps_its_corners() -> None:
     images = torch.randn(1, 3, 33, 40)
     half = halve(images)
     assert half.shape == (1, 3, 16, 20)
@@ -365,18 +356,17 @@ def test_half_an_image_keeps_its_corners():
         ({"prototype_share": -0.5}, "prototype_share must be at least 0, got -0.5"),
     ],
 )
-def test_bad_settings(setting, message):
+def test_bad_settings(setting: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SfcSettings(**SMALL, **setting)
 
 
-def test_a_run_can_start_from_a_finished_cam_run(tmp_path, capsys):
+def test_a_run_can_start_from_a_finished_cam_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     voc = make_voc(tmp_path / "voc")
-    common = ["--data", voc, "--backbone", "tiny", "--size", 32, "--batch-size", 4, "--workers", 0, "--device", "cpu"]
-    assert train_here("cam", *common, "--epochs", 1, "--out", tmp_path / "cam", "--panels", 0) == 0
+    assert train_here(*command("cam", voc, tmp_path / "cam", "--epochs", 1, "--panels", 0)) == 0
     capsys.readouterr()
     options = ["--sfc-epochs", 1, "--panels", 0, "--bank", 2]
-    assert train_here("sfc", *common, *options, "--start", tmp_path / "cam", "--out", tmp_path / "sfc") == 0
+    assert train_here(*command("sfc", voc, tmp_path / "sfc", *options, "--start", tmp_path / "cam")) == 0
     printed = capsys.readouterr().out
     assert "starting with sfc" in printed
     assert "prototype " in printed
@@ -395,14 +385,12 @@ def test_a_run_can_start_from_a_finished_cam_run(tmp_path, capsys):
     assert not torch.equal(system.network.coefficients, torch.ones(20))
 
 
-def test_a_run_killed_in_the_last_stage_ends_as_an_unbroken_one(tmp_path):
+def test_a_run_killed_in_the_last_stage_ends_as_an_unbroken_one(tmp_path: Path) -> None:
     voc = make_voc(tmp_path / "voc")
 
-    settings = "--backbone tiny --size 32 --batch-size 4 --epochs 1 --sfc-epochs 2 --bank 2"
-    further = "--workers 0 --device cpu --panels 2 --save-every 0"
-
-    def run(out, prelude=""):
-        return train_apart("sfc", "--data", voc, "--out", out, *settings.split(), *further.split(), prelude=prelude)
+    def run(out: Path, prelude: str = "") -> subprocess.CompletedProcess[str]:
+        options = ("--epochs", 1, "--sfc-epochs", 2, "--bank", 2)
+        return train_apart(*command("sfc", voc, out, *options), prelude=prelude)
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = run(whole)

@@ -1,19 +1,22 @@
 """Runs: resumption, settings, several processes, comparison of operators, the command line."""
 
-import argparse
+from __future__ import annotations
+
 import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, BinaryIO
 
 import pytest
 import torch
-from training.runs import ENVIRONMENT, RUNNER
+from training.runs import ENVIRONMENT, RUNNER, command, evaluate_here, train_apart, train_here
 from training.systems import TwoStages
 from training.voc_folder import make_voc
 
-from wsss_ops.training import checkpoints, evaluate, train
+from wsss_ops.training import checkpoints
 from wsss_ops.training.batches import Batch, TrainingBatches
 from wsss_ops.training.cam import CamSystem
 from wsss_ops.training.comparison import compare
@@ -21,39 +24,33 @@ from wsss_ops.training.data import open_dataset
 from wsss_ops.training.loop import Training
 from wsss_ops.training.processes import Processes
 from wsss_ops.training.settings import Settings
+from wsss_ops.training.system import System
 
 FUSED = SimpleNamespace(scale=lambda x: x * 2)
 REFERENCE = SimpleNamespace(scale=lambda x: x + x)
 WRONG = SimpleNamespace(scale=lambda x: x * 2.5)
 
-QUICK = ["--backbone", "tiny", "--epochs", "3", "--size", "32", "--batch-size", "4", "--workers", "0",
-         "--device", "cpu", "--panels", "2"]  # fmt: skip
-
 
 @pytest.fixture(scope="module")
-def voc(tmp_path_factory):
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_voc(tmp_path_factory.mktemp("voc"))
 
 
-def command(voc, out, *more):
-    return [sys.executable, "-c", RUNNER, "cam", "--data", str(voc), "--out", str(out), *QUICK, *more]
-
-
-def metrics(out):
+def metrics(out: Path) -> dict[str, Any]:
     """What a run found, without what may differ: its time, and the commit while someone works here."""
     content = json.loads((out / "metrics.json").read_text())
     return {key: value for key, value in content.items() if key not in ("training_seconds", "environment")}
 
 
 @pytest.fixture(scope="module")
-def unbroken(voc, tmp_path_factory):
+def unbroken(voc: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("run") / "unbroken"
-    done = subprocess.run(command(voc, out), env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = train_apart(*command("cam", voc, out))
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
 
-def test_a_run_leaves_model_figures_and_pictures(unbroken):
+def test_a_run_leaves_model_figures_and_pictures(unbroken: tuple[Path, str]) -> None:
     out, printed = unbroken
     assert {file.name for file in out.iterdir()} == {
         "settings.json", "checkpoint.pt", "model.pt", "metrics.json", "curve.png", "panels.png",
@@ -74,15 +71,14 @@ checkpoints.save = save_or_die
 """
 
 
-def test_a_killed_run_resumes_to_the_figures_of_an_unbroken_one(voc, unbroken, tmp_path):
+def test_a_killed_run_resumes_to_the_figures_of_an_unbroken_one(
+    voc: Path, unbroken: tuple[Path, str], tmp_path: Path
+) -> None:
     out = tmp_path / "killed"
-    dying = command(voc, out, "--save-every", "0")
-    dying[2] = KILLED + RUNNER
-    killed = subprocess.run(dying, env=ENVIRONMENT, capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    assert train_apart(*command("cam", voc, out), prelude=KILLED).returncode == -signal.SIGKILL
     assert checkpoints.load(out / "checkpoint.pt")["position"] == (0, 1, 2)
     assert not (out / "metrics.json").exists()
-    done = subprocess.run(command(voc, out), env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = train_apart(*command("cam", voc, out))
     assert done.returncode == 0, done.stderr
     assert "resuming" in done.stdout
     assert metrics(out) == metrics(unbroken[0])
@@ -90,24 +86,22 @@ def test_a_killed_run_resumes_to_the_figures_of_an_unbroken_one(voc, unbroken, t
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_the_command_runs_under_torchrun(voc, unbroken, tmp_path):
+def test_the_command_runs_under_torchrun(voc: Path, unbroken: tuple[Path, str], tmp_path: Path) -> None:
     out = tmp_path / "two"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = tmp_path / "runner.py"
     script.write_text(RUNNER)
-    arguments = command(voc, out)[3:]
-    done = subprocess.run(
-        [*launcher, str(script), *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
+    arguments = [*launcher, str(script), *map(str, command("cam", voc, out))]
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trained in") == 1  # only one process prints
     assert metrics(out)["validation"]["images"] == 12
     assert metrics(out)["run"] == metrics(unbroken[0])["run"]
     # BatchNorm sees half the batch in each process, so the models are near each other, not equal: the convolutions are
-    # up to 0.4 of their norm apart, those of another seed 1.4.
+    # up to 0.3 of their norm apart, those of another seed 1.4.
     one, two = (torch.load(folder / "model.pt", weights_only=True)["network"] for folder in (unbroken[0], out))
     for name in (name for name, value in one.items() if value.ndim == 4):
-        assert 0 < (two[name] - one[name]).norm() < 0.6 * one[name].norm(), name
+        assert 0 < (two[name] - one[name]).norm() < 0.5 * one[name].norm(), name
 
 
 TWO_RANKS = """
@@ -152,7 +146,7 @@ with join_processes("cpu") as processes:
 """
 
 
-def test_processes_train_one_model_and_count_what_one_counts(voc, tmp_path):
+def test_processes_train_one_model_and_count_what_one_counts(voc: Path, tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(TWO_RANKS)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -163,24 +157,22 @@ def test_processes_train_one_model_and_count_what_one_counts(voc, tmp_path):
     assert done.stdout.count("agreed") == 2
 
 
-def parse(voc, out, *more):
-    parser = argparse.ArgumentParser()
-    train.add_arguments(parser)
-    return parser.parse_args(command(voc, out, *more)[3:])
-
-
-def test_a_finished_run_prints_its_figures_and_does_nothing(voc, unbroken, capsys):
+def test_a_finished_run_prints_its_figures_and_does_nothing(
+    voc: Path, unbroken: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     out, _ = unbroken
     before = {file: file.stat().st_mtime_ns for file in out.iterdir()}
-    assert train.main(parse(voc, out)) == 0
+    assert train_here(*command("cam", voc, out)) == 0
     assert "is finished" in capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == before
 
 
-def test_other_settings_are_an_error_that_names_them(voc, unbroken, capsys):
+def test_other_settings_are_an_error_that_names_them(
+    voc: Path, unbroken: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     out, _ = unbroken
     before = {file: file.stat().st_mtime_ns for file in out.iterdir()}
-    assert train.main(parse(voc, out, "--lr", "0.5", "--seed", "7")) == 2
+    assert train_here(*command("cam", voc, out, "--lr", 0.5, "--seed", 7)) == 2
     message = capsys.readouterr().err
     assert "seed: 0 there, 7 now" in message
     assert "lr: 0.004 there, 0.5 now" in message
@@ -188,9 +180,11 @@ def test_other_settings_are_an_error_that_names_them(voc, unbroken, capsys):
     assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == before
 
 
-def test_a_folder_of_something_else_is_left_alone(voc, tmp_path, capsys):
+def test_a_folder_of_something_else_is_left_alone(
+    voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "model.pt").write_text("precious")
-    assert train.main(parse(voc, tmp_path)) == 2
+    assert train_here(*command("cam", voc, tmp_path)) == 2
     assert "holds model.pt" in capsys.readouterr().err
     assert (tmp_path / "model.pt").read_text() == "precious"
 
@@ -213,60 +207,59 @@ def test_a_folder_of_something_else_is_left_alone(voc, tmp_path, capsys):
         (["--tune-blocks", "99"], "tune_blocks must be"),
     ],
 )
-def test_bad_options_leave_nothing_behind(voc, tmp_path, capsys, more, message):
-    assert train.main(parse(voc, tmp_path / "run", *more)) == 2
+def test_bad_options_leave_nothing_behind(
+    voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    assert train_here(*command("cam", voc, tmp_path / "run", *more)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_evaluate_repeats_the_figures_of_training(voc, unbroken, tmp_path, capsys):
-    parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
-    arguments = ["--checkpoint", str(unbroken[0]), "--out", str(tmp_path), "--panels", "0", "--device", "cpu"]
-    assert evaluate.main(parser.parse_args(arguments)) == 0
+def test_evaluate_repeats_the_figures_of_training(
+    voc: Path, unbroken: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate_here(unbroken[0], tmp_path, "--panels", 0) == 0
     assert abs(metrics(tmp_path)["validation"]["mIoU"] - metrics(unbroken[0])["validation"]["mIoU"]) < 1e-3
     assert not (tmp_path / "panels.png").exists()
     assert "mIoU" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("option", "message"), [("--scales", "scales must be"), ("--panels", "--panels must be")])
-def test_evaluate_refuses_bad_options(unbroken, tmp_path, capsys, option, message):
-    parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
-    arguments = ["--checkpoint", str(unbroken[0]), "--out", str(tmp_path / "out"), "--device", "cpu", option, "-1"]
-    assert evaluate.main(parser.parse_args(arguments)) == 2
+def test_evaluate_refuses_bad_options(
+    unbroken: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, message: str
+) -> None:
+    assert evaluate_here(unbroken[0], tmp_path / "out", option, -1) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_evaluate_tells_what_it_cannot_load(tmp_path, capsys):
-    parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
+def test_evaluate_tells_what_it_cannot_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for checkpoint, message in (
         (tmp_path, "model.pt does not exist"),
         (tmp_path / "x.pt", "is not a readable PyTorch file"),
     ):
         (tmp_path / "x.pt").write_bytes(b"nonsense")
-        arguments = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
-        assert evaluate.main(parser.parse_args(arguments)) == 2
+        assert evaluate_here(checkpoint, tmp_path / "out") == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
 
-def test_without_matplotlib_the_curve_is_left_out_and_training_says_so_first(voc, tmp_path, capsys, monkeypatch):
+def test_without_matplotlib_the_curve_is_left_out_and_training_says_so_first(
+    voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("wsss_ops.training.report.has_matplotlib", lambda: False)
-    assert train.main(parse(voc, tmp_path / "run", "--epochs", "1")) == 0
+    assert train_here(*command("cam", voc, tmp_path / "run", "--epochs", 1)) == 0
     printed = capsys.readouterr().out
     assert printed.index("pip install matplotlib") < printed.index("trained in")
     assert not (tmp_path / "run" / "curve.png").exists()
     assert (tmp_path / "run" / "panels.png").exists()
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     checkpoints.save(path, {"value": 1})
 
-    def fail(file):
+    def fail(file: BinaryIO) -> None:
         file.write(b"half")
         raise OSError("disk full")
 
@@ -276,13 +269,15 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["x.pt"]
 
 
-def toy_batches(voc, processes=Processes()):  # noqa: B008
-    return TrainingBatches(open_dataset(voc, "train"), size=16, batch_size=4, seed=0, workers=0, processes=processes)
+def toy_batches(voc: Path) -> TrainingBatches:
+    return TrainingBatches(open_dataset(voc, "train"), size=16, batch_size=4, seed=0, workers=0, processes=Processes())
 
 
 @pytest.mark.parametrize("stop", [(0, 1, 2), (1, 0, 0), (1, 0, 3)])
-def test_stages_resume_where_they_stopped(voc, tmp_path, stop, monkeypatch):
-    def fresh():
+def test_stages_resume_where_they_stopped(
+    voc: Path, tmp_path: Path, stop: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fresh() -> TwoStages:
         torch.manual_seed(0)
         return TwoStages(Settings(data=str(voc), backbone="tiny"), 21, FUSED)
 
@@ -302,7 +297,7 @@ def test_stages_resume_where_they_stopped(voc, tmp_path, stop, monkeypatch):
 
     save = checkpoints.save
 
-    def save_and_stop(path, content):
+    def save_and_stop(path: Path, content: dict[str, Any]) -> None:
         save(path, content)
         if content.get("position") == stop:
             raise StopError
@@ -322,17 +317,17 @@ def test_stages_resume_where_they_stopped(voc, tmp_path, stop, monkeypatch):
         assert torch.equal(one, other)
 
 
-def test_comparison_of_operators_finds_equal_and_different_ones(voc):
+def test_comparison_of_operators_finds_equal_and_different_ones(voc: Path) -> None:
     steps = list(toy_batches(voc).epoch(0))[:3]
 
-    def pair(reference):
-        systems = {}
+    def pair(reference: Any) -> dict[str, System]:
+        systems: dict[str, System] = {}
         for kind, ops in (("reference", reference), ("fused", FUSED)):
             torch.manual_seed(0)
             systems[kind] = TwoStages(Settings(data="unused", backbone="tiny"), 21, ops)
         return systems
 
-    def differences(text):
+    def differences(text: str) -> list[float]:
         lines = [line.split() for line in text.splitlines() if "difference" in line]
         return [float(word.strip(",")) for words in lines for word in words if "e" in word and word[0].isdigit()]
 
@@ -344,7 +339,7 @@ def test_comparison_of_operators_finds_equal_and_different_ones(voc):
         assert text in same
 
 
-def test_cam_network_learns_only_what_is_asked(voc):
+def test_cam_network_learns_only_what_is_asked(voc: Path) -> None:
     settings = Settings(data=str(voc), backbone="tiny", tune_blocks=1)
     system = CamSystem(settings, 21)
     groups = system.enter(0)
@@ -360,7 +355,7 @@ def test_cam_network_learns_only_what_is_asked(voc):
     torch.testing.assert_close(cam.mean((2, 3)), logits)
 
 
-def test_settings_take_the_defaults_of_their_backbone():
+def test_settings_take_the_defaults_of_their_backbone() -> None:
     assert Settings().backbone == "tiny"
     assert Settings(data="x").backbone == "efficientnet_lite0"
     assert Settings(data="x").epochs != Settings().epochs

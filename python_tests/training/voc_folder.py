@@ -1,5 +1,7 @@
 """A little VOC-layout data set of drawn shapes, for tests."""
 
+from __future__ import annotations
+
 import zipfile
 from pathlib import Path
 
