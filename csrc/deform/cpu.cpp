@@ -10,8 +10,7 @@
 // Mapping: a tile of output pixels and one tap at a time. Coordinates and weights are found once a tap; all
 // channels of a sample are blended in vectors into a block of kBlock channels, which multiply.h multiplies:
 // - Forward: tile [pixels][channels] x weight [channels][outputs]; threads share the tiles out.
-// - Offset, mask: gradient [pixels][outputs] x weight [outputs][channels], then dot products with the
-// corners.
+// - Offset, mask: gradient [pixels][outputs] x weight [outputs][channels], then dot products with corners.
 // - Input: the same block is added to the corners. Threads share out images and blocks of channels, so that
 //   no two add to the same number.
 // - Weight: gradient [outputs][pixels] x tile [pixels][channels]; threads share out taps and blocks.
@@ -76,8 +75,7 @@ class Scratch {
     Memory<Sample<W>> samples_;
 };
 
-// The weight in panels. Forward: for each (group, tap) a matrix [channels][outputs]; backward:
-// [outputs][channels].
+// The weight in panels, a matrix per (group, tap): forward [channels][outputs], backward [outputs][channels].
 template <class T, class W>
 Panels<W> pack_weight(const Params& p, bool forward, int threads) {
     const Shape& s = p.shape;

@@ -2,8 +2,7 @@
 //
 // N20 C21 32x32 fp32 (SFC's batch): three cams of 1.7 MB. All of it is in L2, so that the second walk over a
 // map costs little; what is saved are PyTorch's twenty launches and tensors. The gradient that comes back
-// through the resize is gathered: no atomics, and sums in a fixed order, so results are the same in every
-// run.
+// through the resize is gathered: no atomics, and sums in a fixed order, so all runs have the same results.
 #include "launch.h"
 #include "msdw/math.h"
 #include "with_type.h"

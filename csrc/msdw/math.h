@@ -1,7 +1,7 @@
 // What all backends share. For a map with factor k, w, p and v the pixels of cam_w, cam_p and cam_w_small, m
 // the maximum of p and q = p / (m + eps):
-//   loss = a sum of |w - q|  +  b sum of |r - v|,  r = w resized,  a = k * prototype_factor, b = k *
-//   scale_factor
+//   loss = a sum of |w - q|  +  b sum of |r - v|,  r = w resized,
+//   a = k * prototype_factor,  b = k * scale_factor
 // (b = 0 for the background and what is not tagged). With s = sign(w - q) and t = sign(r - v),
 //   dw = a s  +  b * what the pixels of r that read w have as t,    dv = -b t,
 //   dp = -a s / (m + eps)  +  at each of the maxima a * sum of s q / (m + eps) / (their number).

@@ -131,8 +131,7 @@ struct Batch {
     __device__ bool has(int i) const { return kCount == kWhole || i < count; }
 };
 
-// The classes of a block's image in shared memory: a list of those not tagged, ascending, and one of those
-// that are.
+// The classes of a block's image in shared memory, ascending: a list of those not tagged, one of the tagged.
 class Classes {
   public:
     static size_t shared_bytes(int64_t classes) {

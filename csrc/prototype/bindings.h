@@ -89,8 +89,7 @@ prototype::Params prototype_params(const TensorView& features, bool channels_las
     return p;
 }
 
-// Prototypes, their lengths, cosines and the features' lengths; of the prototypes alone where the others are
-// missing.
+// Prototypes, their lengths, cosines and the features' lengths; prototypes alone where others are missing.
 void prototype_forward(const TensorView& features, bool channels_last, const TensorView& seeds,
                        const TensorView& counts, const TensorView& prototypes,
                        const OptionalTensor& prototype_lengths, const OptionalTensor& lengths,

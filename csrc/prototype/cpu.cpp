@@ -250,8 +250,7 @@ void find_shares(const Image<T>& image, const Block& block, const Present& prese
     }
 }
 
-// Adds what the pixels' own features get, of a chunk of a row: factor(k) and vector(k) say what of each
-// class.
+// Adds what pixels' own features get, of a chunk of a row: factor(k) and vector(k) say what of each class.
 template <class W, class Factor, class Vector>
 void add_own(W* to, int64_t length, int64_t classes, const Factor& factor, const Vector& vector) {
     for (int64_t k = 0; k < classes; k += kFew) {
