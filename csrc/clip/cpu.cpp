@@ -95,12 +95,12 @@ T find_maximum(const BitsOf<T>* x, int64_t length) {
     for (; i + kLanes <= length; i += kLanes) {
 #pragma omp simd
         for (int64_t lane = 0; lane < kLanes; ++lane) {
-            lanes[lane] = larger(lanes[lane], Order<T>::key(x[i + lane]));
+            lanes[lane] = larger_number(lanes[lane], Order<T>::key(x[i + lane]));
         }
     }
     Key maximum = lanes[0];
-    for (const Key key : lanes) maximum = larger(maximum, key);
-    for (; i < length; ++i) maximum = larger(maximum, Order<T>::key(x[i]));
+    for (const Key key : lanes) maximum = larger_number(maximum, key);
+    for (; i < length; ++i) maximum = larger_number(maximum, Order<T>::key(x[i]));
     return Order<T>::number(maximum);
 }
 

@@ -51,11 +51,11 @@ template <class W>
 __device__ W find_block_maximum(W value) {
     __shared__ W of_warp[kThreads / kWarp];
     for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-        value = larger(value, __shfl_xor_sync(0xffffffffu, value, lanes));
+        value = larger_number(value, __shfl_xor_sync(0xffffffffu, value, lanes));
     }
     if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
     __syncthreads();
-    for (int warp = 0; warp < kThreads / kWarp; ++warp) value = larger(value, of_warp[warp]);
+    for (int warp = 0; warp < kThreads / kWarp; ++warp) value = larger_number(value, of_warp[warp]);
     return value;
 }
 
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads) find_maxima(Params p) {
         for (int i = 0; i < kUnroll; ++i) {
 #pragma unroll
             for (int j = 0; j < kLength; ++j) {
-                maximum = larger(maximum, static_cast<wide<T>>(vectors[i].values[j]));
+                maximum = larger_number(maximum, static_cast<wide<T>>(vectors[i].values[j]));
             }
         }
     }
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) clip_chunks(Params p) {
     const Chunk chunk = find_chunk(p, gridDim.x - 1 - blockIdx.x);
     const wide<T>* maxima = static_cast<const wide<T>*>(p.maxima) + chunk.image * p.chunks;
     wide<T> maximum = lowest<wide<T>>();
-    for (int64_t i = threadIdx.x; i < p.chunks; i += kThreads) maximum = larger(maximum, maxima[i]);
+    for (int64_t i = threadIdx.x; i < p.chunks; i += kThreads) maximum = larger_number(maximum, maxima[i]);
     const T limit = find_limit<T>(p.beta, find_block_maximum(maximum));
     if (chunk.begin == 0 && threadIdx.x == 0) static_cast<T*>(p.limits)[chunk.image] = limit;
 

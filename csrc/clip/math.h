@@ -9,7 +9,7 @@
 namespace wsss::clip {
 
 template <class W>
-WSSS_HOST_DEVICE W larger(W maximum, W value) {
+WSSS_HOST_DEVICE W larger_number(W maximum, W value) {
     return value > maximum ? value : maximum;
 }
 

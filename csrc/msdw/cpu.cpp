@@ -39,7 +39,8 @@ void find_loss(const Params& p, const Axes<wide<T>>& axes, int64_t image, int64_
     const Map<T> w(p.cam_w, image, c), q(p.cam_p, image, c), v(p.cam_w_small, image, c);
     const Factors<W> factors(p, image, c);
     W maximum = -static_cast<W>(INFINITY);
-    each_pixel(p.height, p.width, [&](int64_t y, int64_t x) { maximum = larger(maximum, q.at(y, x)); });
+    each_pixel(p.height, p.width,
+               [&](int64_t y, int64_t x) { maximum = larger_or_nan(maximum, q.at(y, x)); });
     double prototype = 0, scale = 0;
     each_pixel(p.height, p.width, [&](int64_t y, int64_t x) {
         prototype += static_cast<double>(std::abs(w.at(y, x) - divide_by_maximum(q.at(y, x), maximum)));

@@ -19,10 +19,10 @@ struct Axes {
     explicit Axes(const Params& p) : y(p.height, p.small_height, true), x(p.width, p.small_width, true) {}
 };
 
-struct Larger {
+struct LargerOrNan {
     template <class W>
     __device__ W operator()(W a, W b) const {
-        return larger(a, b);
+        return larger_or_nan(a, b);
     }
 };
 struct Sum {
@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(kThreads, 2) find_losses(Params p, Axes<wide<T
     const Factors<W> factors(p, image, c);
     W maximum = -static_cast<W>(INFINITY);
     each_pixel(p.height, p.width, by.width,
-               [&](int64_t y, int64_t x) { maximum = larger(maximum, q.at(y, x)); });
-    maximum = fold_block(maximum, Larger());
+               [&](int64_t y, int64_t x) { maximum = larger_or_nan(maximum, q.at(y, x)); });
+    maximum = fold_block(maximum, LargerOrNan());
     W prototype = 0, scale = 0;
     each_pixel(p.height, p.width, by.width, [&](int64_t y, int64_t x) {
         prototype += fabs(w.at(y, x) - divide_by_maximum(q.at(y, x), maximum));

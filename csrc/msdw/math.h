@@ -14,9 +14,9 @@
 
 namespace wsss::msdw {
 
-// Whether a number comes before the largest so far as torch.amax has it: NaN is larger than all.
+// As torch.amax has it: NaN is larger than all.
 template <class W>
-WSSS_HOST_DEVICE W larger(W largest, W number) {
+WSSS_HOST_DEVICE W larger_or_nan(W largest, W number) {
     return number > largest || number != number ? number : largest;
 }
 
