@@ -21,10 +21,6 @@ struct Shape {
     int64_t groups, offset_groups;
 };
 
-struct Strides {  // in elements
-    int64_t image, channel, y, x;
-};
-
 struct Params {
     DType dtype;  // of input, output and columns
     Shape shape;
