@@ -19,12 +19,6 @@ int count_threads(const Params& p, const Where& where) {
     return p.images * p.classes * p.height * p.width < kFewNumbers ? 1 : where.threads;
 }
 
-template <class W>
-struct Axes {
-    Axis<W> y, x;
-    explicit Axes(const Params& p) : y(p.height, p.small_height, true), x(p.width, p.small_width, true) {}
-};
-
 // visit(y, x) for each pixel.
 template <class Visit>
 WSSS_HOST_DEVICE void each_pixel(int64_t height, int64_t width, const Visit& visit) {

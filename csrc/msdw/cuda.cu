@@ -13,12 +13,6 @@ namespace {
 
 constexpr int kThreads = 256;
 
-template <class W>
-struct Axes {
-    Axis<W> y, x;
-    explicit Axes(const Params& p) : y(p.height, p.small_height, true), x(p.width, p.small_width, true) {}
-};
-
 struct LargerOrNan {
     template <class W>
     __device__ W operator()(W a, W b) const {

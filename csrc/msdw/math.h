@@ -30,6 +30,15 @@ WSSS_HOST_DEVICE W sign(W difference) {
     return difference > 0 ? W{1} : difference < 0 ? W{-1} : difference;  // of zero zero, of NaN NaN
 }
 
+// From cam_w to cam_w_small's size.
+template <class W>
+struct Axes {
+    Axis<W> y, x;
+
+    WSSS_HOST_DEVICE explicit Axes(const Params& p)
+        : y(p.height, p.small_height, true), x(p.width, p.small_width, true) {}
+};
+
 // A map of a cam.
 template <class T>
 struct Map {
