@@ -7,17 +7,12 @@
 #include <algorithm>
 
 #include "cpu_memory.h"
+#include "cpu_threads.h"
 #include "msdw/math.h"
 #include "with_type.h"
 
 namespace wsss::msdw::WSSS_LEVEL {
 namespace {
-
-constexpr int64_t kFewNumbers = 1 << 14;  // not worth a second thread
-
-int count_threads(const Params& p, const Where& where) {
-    return p.images * p.classes * p.height * p.width < kFewNumbers ? 1 : where.threads;
-}
 
 // visit(y, x) for each pixel.
 template <class Visit>
@@ -97,7 +92,7 @@ void find_gradients(const Params& p, const Axes<wide<T>>& axes, int64_t image, i
 template <class T, bool kForward>
 void run(const Params& p, const Where& where) {
     using W = wide<T>;
-    const int threads = count_threads(p, where);
+    const int threads = count_threads(p.images * p.classes * p.height * p.width, where);
     const Axes<W> axes(p);
     const Memory memory(threads, kForward ? 0 : bytes_for<W>(p.height * p.width));
 #pragma omp parallel for num_threads(threads)
