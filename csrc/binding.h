@@ -37,5 +37,9 @@ using OptionalTensor = std::optional<TensorView>;
     return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
 }
 
+[[maybe_unused]] Strides strides_or_zeros(const OptionalTensor& tensor) {
+    return tensor ? strides_of(*tensor) : Strides{};
+}
+
 }  // namespace
 }  // namespace wsss

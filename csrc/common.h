@@ -31,8 +31,7 @@ struct Strides {  // of [images][channels][height][width], in elements
 }  // namespace wsss
 
 // WSSS_OPERATION(name, Params) declares `void name(const Params&, const Where&)`, which every backend
-// defines. On the CPU the definitions live in one namespace per instruction set, and the declared function
-// picks one.
+// defines: on the CPU in one namespace per instruction set, of which the declared function picks one.
 #if !defined(WSSS_BACKEND_CPU)
 #define WSSS_OPERATION(name, Params) void name(const Params& params, const Where& where);
 #elif defined(__x86_64__)

@@ -12,8 +12,7 @@ int cpu_level();
 std::vector<std::string> cpu_levels();
 std::string cpu_level_name();
 
-// Throws std::invalid_argument for a name that is not among cpu_levels(). Not meant for use while operations
-// run.
+// Throws std::invalid_argument for a name that is not among cpu_levels(). Not for use while operations run.
 void set_cpu_level(const std::string& name);
 
 }  // namespace wsss

@@ -56,8 +56,7 @@ struct Float16 {
     WSSS_HOST_DEVICE Float16(float value) {
         const uint32_t number = bits::cast<uint32_t>(value);
         const uint32_t sign = number >> 16 & 0x8000, magnitude = number & 0x7fffffff;
-        // Below 2^-14, the smallest normal number, adding 0.5 leaves the mantissa of the subnormal at the
-        // end.
+        // Below 2^-14, the smallest normal number, adding 0.5 leaves the subnormal's mantissa at the end.
         const uint32_t subnormal = bits::cast<uint32_t>(bits::cast<float>(magnitude) + 0.5f) - 0x3f000000;
         const uint32_t normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
         const uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;

@@ -1,6 +1,5 @@
 // The two things a cuda.cu says differently from plain CUDA, so that g++ can compile its text for the
-// emulation: how a kernel is launched and how dynamic shared memory is declared. Everything else is the
-// language itself.
+// emulation: how a kernel is launched and dynamic shared memory declared. All else is the language itself.
 #pragma once
 
 #include <cstddef>
@@ -13,8 +12,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-// One array type for every kernel: `extern __shared__ T x[]` in a template clashes with itself at the second
-// T.
+// One array type for every kernel: `extern __shared__ T x[]` in a template clashes with itself at a second T.
 #define WSSS_DYNAMIC_SHARED(type, name)                                  \
     extern __shared__ __align__(16) unsigned char wsss_dynamic_shared[]; \
     type* const name = reinterpret_cast<type*>(wsss_dynamic_shared)
@@ -40,8 +38,7 @@ struct NotDeduced {
 
 #if defined(__CUDACC__)
 // More than 48 KiB of shared memory, `__shared__` variables included, has to be asked for. All that the
-// device has is, so that host threads that launch one kernel with different sizes do not undo each other's
-// asking.
+// device has is: host threads that launch one kernel with different sizes would undo each other's asking.
 inline cudaError_t allow_shared_bytes(const void* kernel, size_t shared_bytes) {
     constexpr size_t without_asking = 48 * 1024;
     cudaFuncAttributes attributes;

@@ -1,7 +1,6 @@
-// A matrix product of small tiles for the CPU sources, c += a * b, at the rate of the machine's
-// multiply-adds: what an operator multiplies while it is still in the caches, instead of handing a library
-// what it has written to memory. Included by cpu.cpp files alone, so that it is compiled once per instruction
-// set.
+// A matrix product of small tiles for the CPU sources, c += a * b, at a machine's rate of multiply-adds: what
+// an operator multiplies while it is still in the caches, instead of handing a library what it has written to
+// memory. Included by cpu.cpp files alone, so that it is compiled once per instruction set.
 //
 // Mapping: kRows rows of c by two vectors are kept in registers over the whole depth; each step loads two
 // vectors of b and multiplies them by one number of each row of a. b lies in panels as wide as those two

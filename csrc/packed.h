@@ -1,8 +1,7 @@
 // A few numbers that lie side by side in memory, moved as words by CUDA kernels: 16 bytes, or one number.
 //
 // Arrays of 16-bit numbers cost a GPU two to three more instructions for each, by which the compiler takes
-// them out of words and puts them back; what is done here takes one, be it to float or, for two numbers, from
-// float.
+// them out of words and puts them back; what is done here takes one, to float or, for two, from float.
 #pragma once
 
 #include <cstring>

@@ -1,5 +1,4 @@
-// From the element type that a tensor has to the C++ type that kernels are templates of: one place for all
-// operators.
+// From a tensor's element type to the C++ type that kernels are templates of: one place for all operators.
 #pragma once
 
 #include "dtype.h"

@@ -10,7 +10,7 @@ from harness import another_stream, in_threads, no_waiting, relative_error, unto
 from prototype_cases import WAYS, Case, assert_matches, levels_of, run, tensors
 from torch import Tensor
 
-from wsss_ops import class_prototypes, prototype_cam, reference
+from wsss_ops import _backend, class_prototypes, prototype_cam, reference
 from wsss_ops.bench.measure import peak_memory
 
 SMALL = {
@@ -187,6 +187,13 @@ def test_images_more_than_2_31_elements_apart(device: torch.device) -> None:
         features.copy_(given["features"])
         for each in (features, [features]):
             assert_matches(prototype_cam, {**given, "features": each})
+
+
+def test_more_seeds_than_kernels_count(device: torch.device) -> None:
+    seeds = torch.zeros(1, dtype=torch.int16, device=device).expand(1, 2**15 + 1, 2**15)
+    cam, tags = torch.ones(1, 3, 2, 2, device=device), torch.ones(1, 3, dtype=torch.bool, device=device)
+    with pytest.raises(ValueError, match=r"more than 2\^30 pixels"):
+        _backend.call("prototype_seeds", device, cam, tags, None, 0.3, seeds)
 
 
 def test_negated_views(device: torch.device) -> None:

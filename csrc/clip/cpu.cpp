@@ -8,16 +8,11 @@
 #include <algorithm>
 
 #include "clip/math.h"
+#include "cpu_threads.h"
 #include "with_type.h"
 
 namespace wsss::clip::WSSS_LEVEL {
 namespace {
-
-constexpr int64_t kFewNumbers = 1 << 14;  // not worth a second thread
-
-int team_size(const Params& p, const Where& where) {
-    return p.images * p.elements <= kFewNumbers ? 1 : where.threads;
-}
 
 struct Chunks {  // counted over all images
     int64_t begin, end;
@@ -95,12 +90,12 @@ T find_maximum(const BitsOf<T>* x, int64_t length) {
     for (; i + kLanes <= length; i += kLanes) {
 #pragma omp simd
         for (int64_t lane = 0; lane < kLanes; ++lane) {
-            lanes[lane] = larger(lanes[lane], Order<T>::key(x[i + lane]));
+            lanes[lane] = larger_number(lanes[lane], Order<T>::key(x[i + lane]));
         }
     }
     Key maximum = lanes[0];
-    for (const Key key : lanes) maximum = larger(maximum, key);
-    for (; i < length; ++i) maximum = larger(maximum, Order<T>::key(x[i]));
+    for (const Key key : lanes) maximum = larger_number(maximum, key);
+    for (; i < length; ++i) maximum = larger_number(maximum, Order<T>::key(x[i]));
     return Order<T>::number(maximum);
 }
 
@@ -134,7 +129,8 @@ void clip_chunks(const Params& p, int64_t image, const Chunks& chunks) {
 
 template <class T>
 void clip_images(const Params& p, const Where& where) {
-#pragma omp parallel num_threads(team_size(p, where))
+    const int threads = count_threads(p.images * p.elements, where);
+#pragma omp parallel num_threads(threads)
     {
         const Chunks share = find_share(p);
         const auto is_whole = [&](const Chunks& chunks) { return chunks.end - chunks.begin == p.chunks; };
@@ -151,7 +147,8 @@ void clip_images(const Params& p, const Where& where) {
 
 template <class T>
 void differentiate_images(const Params& p, const Where& where) {
-#pragma omp parallel num_threads(team_size(p, where))
+    const int threads = count_threads(p.images * p.elements, where);
+#pragma omp parallel num_threads(threads)
     each_image(p, find_share(p), [&](int64_t image, const Chunks& chunks) {
         const Run run = run_of(p, image, chunks);
         const BitsOf<T>* x = at(static_cast<const BitsOf<T>*>(p.x), p.image_stride, run);

@@ -1,37 +1,24 @@
 // clip_features on CUDA: the maxima of chunks, then the chunks clipped to their images' maxima.
 //
 // Shapes: N16 D2048 32x32 fp32 (ESOL's features at a crop of 512): 128 MiB, read twice and written once; the
-// floor is a plain copy. A block takes a chunk, at least kThreads * kUnroll vectors of 16 bytes: every access
-// is coalesced, and kUnroll loads are in flight per thread. Nothing has to be set before, and no block waits
-// for another: each block of the second launch folds the maxima of its image for itself, at most a few
-// hundred numbers from L2. It goes through the chunks backwards, as what was read last is still in L2. No
-// result depends on an order, so all are the same each time.
+// floor is a plain copy. A block takes a chunk, at most kThreads * kUnroll vectors of 16 bytes, more only in
+// the forward of images beyond 4 MiB, which have 256 chunks: every access is coalesced, and kUnroll loads are
+// in flight per thread. Nothing has to be set before, and no block waits for another: each block of the
+// second launch folds the maxima of its image for itself, at most 256 numbers from L2. It goes through the
+// chunks backwards, as what was read last is still in L2. No result depends on an order, so all are the same
+// each time.
+#include "block.h"
 #include "clip/math.h"
 #include "launch.h"
+#include "packed.h"
 #include "with_type.h"
 
 namespace wsss::clip {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarp = 32;
 constexpr int kUnroll = 4;
 constexpr int kVectorBytes = 16;
-
-template <class T, int kLength>
-struct alignas(sizeof(T) * kLength) Vector {
-    T values[kLength];
-};
-
-template <class T, int kLength>
-__device__ Vector<T, kLength> load(const T* from) {
-    return *reinterpret_cast<const Vector<T, kLength>*>(from);
-}
-
-template <class T, int kLength>
-__device__ void store(T* to, const Vector<T, kLength>& vector) {
-    *reinterpret_cast<Vector<T, kLength>*>(to) = vector;
-}
 
 // The numbers of an image that a block works on.
 struct Chunk {
@@ -46,17 +33,9 @@ __device__ Chunk find_chunk(const Params& p, uint32_t block) {
     return {image, begin, end < p.elements ? end : p.elements};
 }
 
-// To every thread.
 template <class W>
 __device__ W find_block_maximum(W value) {
-    __shared__ W of_warp[kThreads / kWarp];
-    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-        value = larger(value, __shfl_xor_sync(0xffffffffu, value, lanes));
-    }
-    if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
-    __syncthreads();
-    for (int warp = 0; warp < kThreads / kWarp; ++warp) value = larger(value, of_warp[warp]);
-    return value;
+    return fold_block<kThreads>(value, [](W x, W y) { return larger_number(x, y); });
 }
 
 template <class T, int kLength>
@@ -66,18 +45,18 @@ __global__ void __launch_bounds__(kThreads) find_maxima(Params p) {
     const T* x = static_cast<const T*>(p.x) + chunk.image * p.image_stride;
     wide<T> maximum = lowest<wide<T>>();
     for (int64_t at = chunk.begin + threadIdx.x * kLength; at < chunk.end; at += kUnroll * kStep) {
-        Vector<T, kLength> vectors[kUnroll];
+        Packed<T, kLength> packed[kUnroll];
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i) {
             const int64_t there = at + i * kStep;
-            vectors[i] = load<T, kLength>(x + (there < chunk.end ? there : at));  // twice does no harm
+            packed[i] = load<T, kLength>(x + (there < chunk.end ? there : at));  // twice does no harm
         }
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i) {
+            wide<T> numbers[kLength];
+            widen(packed[i], numbers);
 #pragma unroll
-            for (int j = 0; j < kLength; ++j) {
-                maximum = larger(maximum, static_cast<wide<T>>(vectors[i].values[j]));
-            }
+            for (int j = 0; j < kLength; ++j) maximum = larger_number(maximum, numbers[j]);
         }
     }
     maximum = find_block_maximum(maximum);
@@ -90,28 +69,29 @@ __global__ void __launch_bounds__(kThreads) clip_chunks(Params p) {
     const Chunk chunk = find_chunk(p, gridDim.x - 1 - blockIdx.x);
     const wide<T>* maxima = static_cast<const wide<T>*>(p.maxima) + chunk.image * p.chunks;
     wide<T> maximum = lowest<wide<T>>();
-    for (int64_t i = threadIdx.x; i < p.chunks; i += kThreads) maximum = larger(maximum, maxima[i]);
+    for (int64_t i = threadIdx.x; i < p.chunks; i += kThreads) maximum = larger_number(maximum, maxima[i]);
     const T limit = find_limit<T>(p.beta, find_block_maximum(maximum));
     if (chunk.begin == 0 && threadIdx.x == 0) static_cast<T*>(p.limits)[chunk.image] = limit;
+    const wide<T> bar = static_cast<wide<T>>(limit);
 
     const T* x = static_cast<const T*>(p.x) + chunk.image * p.image_stride;
     T* clipped = static_cast<T*>(p.clipped) + chunk.image * p.elements;
     for (int64_t at = chunk.begin + threadIdx.x * kLength; at < chunk.end; at += kUnroll * kStep) {
-        Vector<T, kLength> vectors[kUnroll];
+        Packed<T, kLength> packed[kUnroll];
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i) {
             const int64_t there = at + i * kStep;
-            if (there < chunk.end) vectors[i] = load<T, kLength>(x + there);
+            if (there < chunk.end) packed[i] = load<T, kLength>(x + there);
         }
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i) {
             const int64_t there = at + i * kStep;
             if (there >= chunk.end) continue;
+            wide<T> numbers[kLength];
+            widen(packed[i], numbers);
 #pragma unroll
-            for (int j = 0; j < kLength; ++j) {
-                vectors[i].values[j] = clip_to(vectors[i].values[j], limit);
-            }
-            store(clipped + there, vectors[i]);
+            for (int j = 0; j < kLength; ++j) numbers[j] = numbers[j] > bar ? bar : numbers[j];
+            store(clipped + there, narrow<T, kLength>(numbers));
         }
     }
 }
@@ -120,28 +100,29 @@ template <class T, int kLength>
 __global__ void __launch_bounds__(kThreads) differentiate_chunks(Params p) {
     constexpr int kStep = kThreads * kLength;
     const Chunk chunk = find_chunk(p, blockIdx.x);
-    const T limit = static_cast<const T*>(p.limits)[chunk.image];
+    const wide<T> bar = static_cast<wide<T>>(static_cast<const T*>(p.limits)[chunk.image]);
     const T* x = static_cast<const T*>(p.x) + chunk.image * p.image_stride;
     const T* gradient = static_cast<const T*>(p.gradient) + chunk.image * p.gradient_stride;
     T* x_gradient = static_cast<T*>(p.x_gradient) + chunk.image * p.elements;
     for (int64_t at = chunk.begin + threadIdx.x * kLength; at < chunk.end; at += kUnroll * kStep) {
-        Vector<T, kLength> numbers[kUnroll], vectors[kUnroll];
+        Packed<T, kLength> packed[kUnroll], packed_gradients[kUnroll];
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i) {
             const int64_t there = at + i * kStep;
             if (there >= chunk.end) continue;
-            numbers[i] = load<T, kLength>(x + there);
-            vectors[i] = load<T, kLength>(gradient + there);
+            packed[i] = load<T, kLength>(x + there);
+            packed_gradients[i] = load<T, kLength>(gradient + there);
         }
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i) {
             const int64_t there = at + i * kStep;
             if (there >= chunk.end) continue;
+            wide<T> numbers[kLength], gradients[kLength];
+            widen(packed[i], numbers);
+            widen(packed_gradients[i], gradients);
 #pragma unroll
-            for (int j = 0; j < kLength; ++j) {
-                vectors[i].values[j] = pass_below(vectors[i].values[j], numbers[i].values[j], limit);
-            }
-            store(x_gradient + there, vectors[i]);
+            for (int j = 0; j < kLength; ++j) gradients[j] = numbers[j] > bar ? wide<T>{0} : gradients[j];
+            store(x_gradient + there, narrow<T, kLength>(gradients));
         }
     }
 }

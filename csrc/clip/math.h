@@ -9,7 +9,7 @@
 namespace wsss::clip {
 
 template <class W>
-WSSS_HOST_DEVICE W larger(W maximum, W value) {
+WSSS_HOST_DEVICE W larger_number(W maximum, W value) {
     return value > maximum ? value : maximum;
 }
 
@@ -25,21 +25,6 @@ template <class T>
 WSSS_HOST_DEVICE T find_limit(double beta, wide<T> maximum) {
     const T limit(static_cast<wide<T>>(beta * static_cast<double>(maximum)));
     return T(static_cast<wide<T>>(limit) + wide<T>{0});
-}
-
-template <class T>
-WSSS_HOST_DEVICE bool is_above(T x, T limit) {
-    return static_cast<wide<T>>(x) > static_cast<wide<T>>(limit);
-}
-
-template <class T>
-WSSS_HOST_DEVICE T clip_to(T x, T limit) {
-    return is_above(x, limit) ? limit : x;
-}
-
-template <class T>
-WSSS_HOST_DEVICE T pass_below(T gradient, T x, T limit) {
-    return is_above(x, limit) ? T(wide<T>{0}) : gradient;
 }
 
 }  // namespace wsss::clip

@@ -7,12 +7,6 @@
 namespace wsss {
 namespace {
 
-// Of a tensor [image, channel, y, x]; zeros where there is none.
-deform::Strides strides(const OptionalTensor& tensor) {
-    if (!tensor) return {};
-    return {tensor->stride(0), tensor->stride(1), tensor->stride(2), tensor->stride(3)};
-}
-
 // settings: kernel, stride, padding and dilation, each (y, x), then groups and offset groups.
 using DeformSettings = std::array<int64_t, 10>;
 
@@ -26,19 +20,19 @@ deform::Params deform_params(const TensorView& input, const TensorView& offset, 
                kernel_h,      kernel_w,      stride_h,      stride_w,      padding_h,      padding_w,
                dilation_h,    dilation_w,    groups,        offset_groups};
     p.input = input.data();
-    p.input_strides = strides(input);
+    p.input_strides = strides_of(input);
     p.offset = offset.data();
-    p.offset_strides = strides(offset);
+    p.offset_strides = strides_of(offset);
     p.mask = data_or_null(mask);
-    p.mask_strides = strides(mask);
+    p.mask_strides = strides_or_zeros(mask);
     return p;
 }
 
 void set_gradients(deform::Params& p, const OptionalTensor& offset, const OptionalTensor& mask) {
     p.offset_gradient = data_or_null(offset);
-    p.offset_gradient_strides = strides(offset);
+    p.offset_gradient_strides = strides_or_zeros(offset);
     p.mask_gradient = data_or_null(mask);
-    p.mask_gradient_strides = strides(mask);
+    p.mask_gradient_strides = strides_or_zeros(mask);
 }
 
 #if defined(WSSS_BACKEND_CPU)
@@ -49,11 +43,11 @@ void deform_convolve(const TensorView& input, const TensorView& offset, const Op
     deform::Params p = deform_params(input, offset, mask, settings);
     p.outputs = weight.size(0);
     p.weight = weight.data();
-    p.weight_strides = strides(weight);
+    p.weight_strides = strides_of(weight);
     p.bias = data_or_null(bias);
     p.packed = packed.data();
     p.output = output.data();
-    p.output_strides = strides(output);
+    p.output_strides = strides_of(output);
     if (output.elements() > 0) run(deform::convolve, p, input, where);
 }
 
@@ -65,7 +59,7 @@ void deform_differentiate(const TensorView& input, const TensorView& offset, con
     deform::Params p = deform_params(input, offset, mask, settings);
     p.outputs = weight.size(0);
     p.weight = weight.data();
-    p.weight_strides = strides(weight);
+    p.weight_strides = strides_of(weight);
     p.packed = packed.data();
     p.gradient = gradient.data();
     set_gradients(p, offset_gradient, mask_gradient);
@@ -81,7 +75,7 @@ void deform_differentiate_weight(const TensorView& input, const TensorView& offs
     p.outputs = weight_gradient.size(0);
     p.gradient = gradient.data();
     p.weight_gradient = weight_gradient.data();
-    p.weight_gradient_strides = strides(weight_gradient);
+    p.weight_gradient_strides = strides_of(weight_gradient);
     run(deform::differentiate_weight, p, input, where);
 }
 

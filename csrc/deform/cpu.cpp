@@ -10,8 +10,7 @@
 // Mapping: a tile of output pixels and one tap at a time. Coordinates and weights are found once a tap; all
 // channels of a sample are blended in vectors into a block of kBlock channels, which multiply.h multiplies:
 // - Forward: tile [pixels][channels] x weight [channels][outputs]; threads share the tiles out.
-// - Offset, mask: gradient [pixels][outputs] x weight [outputs][channels], then dot products with the
-// corners.
+// - Offset, mask: gradient [pixels][outputs] x weight [outputs][channels], then dot products with corners.
 // - Input: the same block is added to the corners. Threads share out images and blocks of channels, so that
 //   no two add to the same number.
 // - Weight: gradient [outputs][pixels] x tile [pixels][channels]; threads share out taps and blocks.
@@ -25,6 +24,7 @@
 #include <cstring>
 #include <new>
 
+#include "cpu_threads.h"
 #include "deform/tile.h"
 #include "multiply.h"
 #include "with_type.h"
@@ -35,7 +35,6 @@ namespace {
 constexpr int64_t kBlock = 256;      // channels of a tile: a panel of that depth fits the first-level cache
 constexpr int64_t kRowPadding = 16;  // numbers between rows of a tile, which would otherwise share cache sets
 constexpr int64_t kTileRow = kBlock + kRowPadding;
-constexpr int64_t kFewNumbers = 1 << 14;  // not worth a second thread
 
 int64_t clamp(int64_t value, int64_t low, int64_t high) {
     return value < low ? low : value > high ? high : value;
@@ -76,8 +75,7 @@ class Scratch {
     Memory<Sample<W>> samples_;
 };
 
-// The weight in panels. Forward: for each (group, tap) a matrix [channels][outputs]; backward:
-// [outputs][channels].
+// The weight in panels, a matrix per (group, tap): forward [channels][outputs], backward [outputs][channels].
 template <class T, class W>
 Panels<W> pack_weight(const Params& p, bool forward, int threads) {
     const Shape& s = p.shape;
@@ -148,7 +146,7 @@ void convolve_all(const Params& p, const Where& where) {
     const Shape& s = p.shape;
     const int64_t taps = s.kernel_h * s.kernel_w, pixels = s.images * s.out_height * s.out_width;
     const int64_t outputs = p.outputs / s.groups, width = round_to_panel<W>(outputs);
-    const int threads = pixels * taps * s.channels < kFewNumbers ? 1 : where.threads;
+    const int threads = count_threads(pixels * taps * s.channels, where);
     const int64_t tile_pixels = tile_size(pixels, width, threads);
     const int64_t sum_row = width + kRowPadding;
     const Panels<W> weight = pack_weight<T, W>(p, true, threads);
@@ -246,7 +244,7 @@ void differentiate_all(const Params& p, const Where& where) {
     const Shape& s = p.shape;
     const int64_t taps = s.kernel_h * s.kernel_w, image_pixels = s.out_height * s.out_width;
     const int64_t pixels = s.images * image_pixels;
-    const int threads = pixels * taps * s.channels < kFewNumbers ? 1 : where.threads;
+    const int threads = count_threads(pixels * taps * s.channels, where);
     const bool derives = p.offset_gradient != nullptr || p.mask_gradient != nullptr;
     const bool scatters = p.input_gradient != nullptr;
     // Threads that scatter need images, or else slices of channels, of their own; otherwise they take tiles.
@@ -299,7 +297,7 @@ void differentiate_weight_all(const Params& p, const Where& where) {
     const Shape& s = p.shape;
     const int64_t taps = s.kernel_h * s.kernel_w, pixels = s.images * s.out_height * s.out_width;
     const int64_t outputs = p.outputs / s.groups, parts = ceil_div(outputs, kBlock);
-    const int threads = pixels * taps * s.channels < kFewNumbers ? 1 : where.threads;
+    const int threads = count_threads(pixels * taps * s.channels, where);
     const int64_t tile_pixels = std::min<int64_t>(pixels, 256);
     // Each thread has some of (block of channels, outputs, tap); wide blocks find the fewest coordinates.
     const int64_t wanted = ceil_div<int64_t>(4 * threads, taps * parts);

@@ -21,10 +21,6 @@ struct Shape {
     int64_t groups, offset_groups;
 };
 
-struct Strides {  // in elements
-    int64_t image, channel, y, x;
-};
-
 struct Params {
     DType dtype;  // of input, output and columns
     Shape shape;
@@ -63,8 +59,7 @@ struct Params {
     void* columns;            // [count][groups][taps][channels / groups], dense
     int64_t first, count;     // output pixels
     int64_t first_tap, taps;  // of kernel_h * kernel_w
-    // The deterministic way to the input's gradient: 4 corners a sample, in the order pixel, offset group,
-    // tap.
+    // The input's gradient deterministically: 4 corners a sample, in the order pixel, offset group, tap.
     int64_t* targets;       // (image pixel) * offset_groups + group; or, for none, one more than all of them
     void* weights;          // of the corners
     const int64_t* order;   // of the corners, by target

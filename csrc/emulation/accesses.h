@@ -1,6 +1,5 @@
 // Checks every access to memory that a kernel compiled with -fsanitize=thread makes (GCC then calls a
-// function before each; ours, in accesses.cpp, take the place of ThreadSanitizer's). They end the launch
-// where
+// function before each; ours, in accesses.cpp, replace ThreadSanitizer's). They end the launch where
 //
 // - two threads access the same memory, one of them writes, not both are atomic, and nothing orders the two:
 //   neither a __syncthreads between them nor, within a warp, a __syncwarp. Shuffles and votes order nothing.

@@ -1,5 +1,4 @@
-// Runs one kernel launch: a fiber for each thread of a block, block after block, and the places where threads
-// meet.
+// Runs one kernel launch: a fiber for each thread of a block, block after block, and where threads meet.
 #pragma once
 
 #include <cstddef>

@@ -33,8 +33,7 @@ size_t resumer_stack_bytes = 0;
 
 #if defined(__x86_64__) && !defined(WSSS_EMULATION_UCONTEXT)
 
-// Saves the registers that a call preserves, exchanges the stacks, restores the other's registers and returns
-// there.
+// Saves the registers that a call preserves, exchanges the stacks, restores the other's and returns there.
 extern "C" void wsss_emulation_switch(Context* from, Context to);
 asm(R"(
     .pushsection .text

@@ -24,8 +24,7 @@ class Fiber {
     Fiber(const Fiber&) = delete;
     Fiber& operator=(const Fiber&) = delete;
 
-    // The next resume() begins entry on an empty stack; whatever was suspended there is dropped without
-    // unwinding.
+    // The next resume() begins entry on an empty stack; what was suspended there is dropped, not unwound.
     void start(void (*entry)());
     // Runs the fiber until it suspends or its entry returns.
     void resume();

@@ -1,5 +1,4 @@
-// Atomics, fences and loads and stores with cache hints. One thread runs at a time, so the plain operation is
-// atomic.
+// Atomics, fences, loads and stores with cache hints. One thread runs at a time: plain operations are atomic.
 #pragma once
 
 #include <type_traits>

@@ -10,21 +10,18 @@
 #pragma GCC visibility push(default)
 extern "C" {
 
-// sums[b] = sum of the elements that block b of 256 threads reads, in float32. type: 0 float, 1 half, 2
-// bfloat16.
+// sums[b] = sum of what block b of 256 threads reads, in float32. type: 0 float, 1 half, 2 bfloat16.
 const char* selftest_sum(const void* x, float* sums, int n, int blocks, int type, void* stream);
 // out [columns, rows] = in [rows, columns]. type: 0 float, 1 double.
 const char* selftest_transpose(const void* in, void* out, int rows, int columns, int type, void* stream);
 // Inclusive sums of each row of at most 1024 elements; one block of `length` threads a row.
 const char* selftest_scan(const int* in, int* out, int rows, int length, void* stream);
-// Per warp of 32: ballot, any, all, number of true values in the block of 96, whether all and any are true
-// there.
+// Per warp of 32: ballot, any, all, number of true values in the block of 96, whether all and any are.
 const char* selftest_votes(const int* in, unsigned* out, int warps, void* stream);
 // Per element: __shfl_sync, up, down and xor by `step` in segments of `width`, and the segment's sum by a
 // mask of its own. type: 0 int, 1 unsigned long long, 2 double, 3 half.
 const char* selftest_shuffle(const void* in, void* out, int n, int step, int width, int type, void* stream);
-// Per element of a warp: lanes with the same value, sum, minimum and maximum of the warp, bits or-ed
-// together.
+// Per element of a warp: lanes with the same value; of the warp sum, minimum, maximum, bits or-ed.
 const char* selftest_warp(const int* in, unsigned* out, int n, void* stream);
 // counts[v] += 1 for each v = in[i] in [0, bins); also the minimum and maximum.
 const char* selftest_histogram(const int* in, int n, unsigned* counts, int bins, int* range, void* stream);
@@ -46,8 +43,7 @@ const char* selftest_half(const uint16_t* a, const uint16_t* b, const uint16_t* 
 const char* selftest_last_block(const int* x, int blocks, int* of_block, unsigned* count, int* total,
                                 void* stream);
 // Per thread: how many moments of any thread came before its start, its leaving a __syncwarp and its leaving
-// a
-// __syncthreads.
+// a __syncthreads.
 const char* selftest_order(int* clock, int* out, int blocks, int threads, void* stream);
 // Threads beyond n leave before the barrier; the rest count themselves.
 const char* selftest_early_exit(int* count, int n, void* stream);

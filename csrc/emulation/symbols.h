@@ -1,5 +1,4 @@
-// What the library that this file is linked into says about itself in its symbol table and debugging
-// information.
+// What the library that this file is linked into says of itself: symbol table and debugging information.
 #pragma once
 
 #include <cstddef>
@@ -22,12 +21,10 @@ struct Kernel {
 // A kernel of this library. Throws std::runtime_error where the library was stripped.
 const Kernel& describe(const void* kernel);
 
-// Every `__shared__` variable of this library, found by the ABI tag that __shared__ gives its name. Throws as
-// describe().
+// Every `__shared__` variable of this library, told by the ABI tag of its name. Throws as describe().
 const std::vector<Memory>& static_shared_memory();
 
-// file:line of the call that returns to `code`: of the kernel where the call was inlined from a header of the
-// emulation.
+// file:line of the call that returns to `code`; of one inlined from the emulation's headers, the kernel's.
 std::string source_line(const void* code);
 
 }  // namespace wsss::emulation

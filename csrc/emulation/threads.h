@@ -1,5 +1,4 @@
-// Barriers, shuffles, votes and reductions: the calls at which threads meet. Each carries the line it stands
-// on.
+// Barriers, shuffles, votes and reductions: the calls at which threads meet. Each carries the line it is on.
 #pragma once
 
 #include <cstring>

@@ -7,23 +7,12 @@
 #include <algorithm>
 
 #include "cpu_memory.h"
+#include "cpu_threads.h"
 #include "msdw/math.h"
 #include "with_type.h"
 
 namespace wsss::msdw::WSSS_LEVEL {
 namespace {
-
-constexpr int64_t kFewNumbers = 1 << 14;  // not worth a second thread
-
-int count_threads(const Params& p, const Where& where) {
-    return p.images * p.classes * p.height * p.width < kFewNumbers ? 1 : where.threads;
-}
-
-template <class W>
-struct Axes {
-    Axis<W> y, x;
-    explicit Axes(const Params& p) : y(p.height, p.small_height, true), x(p.width, p.small_width, true) {}
-};
 
 // visit(y, x) for each pixel.
 template <class Visit>
@@ -39,7 +28,8 @@ void find_loss(const Params& p, const Axes<wide<T>>& axes, int64_t image, int64_
     const Map<T> w(p.cam_w, image, c), q(p.cam_p, image, c), v(p.cam_w_small, image, c);
     const Factors<W> factors(p, image, c);
     W maximum = -static_cast<W>(INFINITY);
-    each_pixel(p.height, p.width, [&](int64_t y, int64_t x) { maximum = larger(maximum, q.at(y, x)); });
+    each_pixel(p.height, p.width,
+               [&](int64_t y, int64_t x) { maximum = larger_or_nan(maximum, q.at(y, x)); });
     double prototype = 0, scale = 0;
     each_pixel(p.height, p.width, [&](int64_t y, int64_t x) {
         prototype += static_cast<double>(std::abs(w.at(y, x) - divide_by_maximum(q.at(y, x), maximum)));
@@ -102,7 +92,7 @@ void find_gradients(const Params& p, const Axes<wide<T>>& axes, int64_t image, i
 template <class T, bool kForward>
 void run(const Params& p, const Where& where) {
     using W = wide<T>;
-    const int threads = count_threads(p, where);
+    const int threads = count_threads(p.images * p.classes * p.height * p.width, where);
     const Axes<W> axes(p);
     const Memory memory(threads, kForward ? 0 : bytes_for<W>(p.height * p.width));
 #pragma omp parallel for num_threads(threads)

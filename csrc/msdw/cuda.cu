@@ -2,8 +2,8 @@
 //
 // N20 C21 32x32 fp32 (SFC's batch): three cams of 1.7 MB. All of it is in L2, so that the second walk over a
 // map costs little; what is saved are PyTorch's twenty launches and tensors. The gradient that comes back
-// through the resize is gathered: no atomics, and sums in a fixed order, so results are the same in every
-// run.
+// through the resize is gathered: no atomics, and sums in a fixed order, so all runs have the same results.
+#include "block.h"
 #include "launch.h"
 #include "msdw/math.h"
 #include "with_type.h"
@@ -12,18 +12,11 @@ namespace wsss::msdw {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarp = 32;
 
-template <class W>
-struct Axes {
-    Axis<W> y, x;
-    explicit Axes(const Params& p) : y(p.height, p.small_height, true), x(p.width, p.small_width, true) {}
-};
-
-struct Larger {
+struct LargerOrNan {
     template <class W>
     __device__ W operator()(W a, W b) const {
-        return larger(a, b);
+        return larger_or_nan(a, b);
     }
 };
 struct Sum {
@@ -32,20 +25,6 @@ struct Sum {
         return a + b;
     }
 };
-
-// Of all threads' values, to each of them.
-template <class W, class Fold>
-__device__ W fold_block(W value, const Fold& fold) {
-    __shared__ W of_warp[kThreads / kWarp];
-    for (int step = kWarp / 2; step > 0; step /= 2)
-        value = fold(value, __shfl_xor_sync(0xffffffffu, value, step));
-    __syncthreads();
-    if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
-    __syncthreads();
-    value = of_warp[0];
-    for (int warp = 1; warp < kThreads / kWarp; ++warp) value = fold(value, of_warp[warp]);
-    return value;
-}
 
 // visit(y, x) for the thread's share of pixels.
 template <class Visit>
@@ -72,8 +51,8 @@ __global__ void __launch_bounds__(kThreads, 2) find_losses(Params p, Axes<wide<T
     const Factors<W> factors(p, image, c);
     W maximum = -static_cast<W>(INFINITY);
     each_pixel(p.height, p.width, by.width,
-               [&](int64_t y, int64_t x) { maximum = larger(maximum, q.at(y, x)); });
-    maximum = fold_block(maximum, Larger());
+               [&](int64_t y, int64_t x) { maximum = larger_or_nan(maximum, q.at(y, x)); });
+    maximum = fold_block<kThreads>(maximum, LargerOrNan());
     W prototype = 0, scale = 0;
     each_pixel(p.height, p.width, by.width, [&](int64_t y, int64_t x) {
         prototype += fabs(w.at(y, x) - divide_by_maximum(q.at(y, x), maximum));
@@ -83,9 +62,10 @@ __global__ void __launch_bounds__(kThreads, 2) find_losses(Params p, Axes<wide<T
             scale += fabs(w.at(axes.y.at(y), axes.x.at(x)) - v.at(y, x));
         });
     }
-    const double loss = fold_block(static_cast<double>(factors.prototype) * static_cast<double>(prototype) +
-                                       static_cast<double>(factors.scale) * static_cast<double>(scale),
-                                   Sum());
+    const double loss =
+        fold_block<kThreads>(static_cast<double>(factors.prototype) * static_cast<double>(prototype) +
+                                 static_cast<double>(factors.scale) * static_cast<double>(scale),
+                             Sum());
     if (threadIdx.x != 0) return;
     static_cast<W*>(p.maxima)[blockIdx.x] = maximum;
     p.parts[blockIdx.x] = loss;
@@ -110,8 +90,8 @@ __global__ void __launch_bounds__(kThreads, 2) find_gradients(Params p, Axes<wid
         along += sign(w.at(y, x) - part) * part;
         maxima += q.at(y, x) == maximum ? W{1} : W{0};
     });
-    along = fold_block(along, Sum());
-    maxima = fold_block(maxima, Sum());
+    along = fold_block<kThreads>(along, Sum());
+    maxima = fold_block<kThreads>(maxima, Sum());
     const W of_maximum = divide_by_maximum(prototype * along, maximum) / maxima;
 
     each_pixel(p.height, p.width, by.width, [&](int64_t y, int64_t x) {

@@ -1,7 +1,7 @@
 // What all backends share. For a map with factor k, w, p and v the pixels of cam_w, cam_p and cam_w_small, m
 // the maximum of p and q = p / (m + eps):
-//   loss = a sum of |w - q|  +  b sum of |r - v|,  r = w resized,  a = k * prototype_factor, b = k *
-//   scale_factor
+//   loss = a sum of |w - q|  +  b sum of |r - v|,  r = w resized,
+//   a = k * prototype_factor,  b = k * scale_factor
 // (b = 0 for the background and what is not tagged). With s = sign(w - q) and t = sign(r - v),
 //   dw = a s  +  b * what the pixels of r that read w have as t,    dv = -b t,
 //   dp = -a s / (m + eps)  +  at each of the maxima a * sum of s q / (m + eps) / (their number).
@@ -14,9 +14,9 @@
 
 namespace wsss::msdw {
 
-// Whether a number comes before the largest so far as torch.amax has it: NaN is larger than all.
+// As torch.amax has it: NaN is larger than all.
 template <class W>
-WSSS_HOST_DEVICE W larger(W largest, W number) {
+WSSS_HOST_DEVICE W larger_or_nan(W largest, W number) {
     return number > largest || number != number ? number : largest;
 }
 
@@ -29,6 +29,15 @@ template <class W>
 WSSS_HOST_DEVICE W sign(W difference) {
     return difference > 0 ? W{1} : difference < 0 ? W{-1} : difference;  // of zero zero, of NaN NaN
 }
+
+// From cam_w to cam_w_small's size.
+template <class W>
+struct Axes {
+    Axis<W> y, x;
+
+    WSSS_HOST_DEVICE explicit Axes(const Params& p)
+        : y(p.height, p.small_height, true), x(p.width, p.small_width, true) {}
+};
 
 // A map of a cam.
 template <class T>

@@ -1,5 +1,4 @@
-// msdw_loss: what a backend is asked to do. A map is one class of one image; map 0 of an image is the
-// background.
+// msdw_loss: what a backend is asked to do. A map is one class of one image; map 0 is the background.
 #pragma once
 
 #include "dtype.h"

@@ -38,8 +38,7 @@ ocr::Params ocr_params(const TensorView& logits, const TensorView& tags, const O
     return p;
 }
 
-// loss: one number, the sum or the mean, or one for each pixel; without it, winner and outside_sum: count
-// alone.
+// loss: one number, the sum or the mean, or one per pixel; without it, winner and outside_sum: count alone.
 void ocr_forward(const TensorView& logits, const TensorView& tags, const OptionalTensor& log_prior,
                  const OptionalTensor& ignore, const std::array<double, 3>& settings, int64_t height,
                  int64_t width, bool align_corners, bool mean, const OptionalTensor& loss,

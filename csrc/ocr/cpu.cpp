@@ -21,16 +21,16 @@
 
 #include <algorithm>
 
+#include "cpu_threads.h"
 #include "ocr/cpu_tiles.h"
 #include "with_type.h"
 
 namespace wsss::ocr::WSSS_LEVEL {
 namespace {
 
-constexpr int64_t kFewNumbers = 1 << 13;  // not worth a second thread
-
+// With its exponential a number is worth two.
 int count_threads(const Params& p, const Where& where) {
-    return p.images * p.out_height * p.out_width * p.classes < kFewNumbers ? 1 : where.threads;
+    return wsss::count_threads(2 * p.images * p.out_height * p.out_width * p.classes, where);
 }
 
 // A gradient of 32 MiB or more comes fresh from the system each time (so glibc has it), page by page as it is

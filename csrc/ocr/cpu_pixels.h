@@ -1,5 +1,5 @@
-// The loss of a vector of pixels and its gradient, over a tile whose classes lie kPitch numbers apart. For
-// cpu.cpp alone.
+// The loss of a vector of pixels and its gradient, over a tile whose classes lie kPitch numbers apart.
+// For cpu.cpp alone.
 #pragma once
 
 #include <limits>

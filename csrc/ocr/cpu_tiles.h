@@ -42,8 +42,7 @@ class Square {
     Row rows_[4];
 };
 
-// Asks for numbers that are needed soon: hardware follows neither a stream per class nor the steps of a
-// Square.
+// Asks for numbers needed soon: hardware follows neither a stream per class nor the steps of a Square.
 template <bool kWritten, class T>
 WSSS_HOST_DEVICE void prefetch(const T* from, int64_t numbers) {
     constexpr int64_t kLine = 64 / sizeof(T);

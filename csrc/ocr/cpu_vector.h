@@ -1,5 +1,5 @@
-// Vectors as wide as those of the instruction set, a pixel in each lane, and exp and log of them. For cpu.cpp
-// alone.
+// Vectors as wide as those of the instruction set, a pixel in each lane, and exp and log of them.
+// For cpu.cpp alone.
 #pragma once
 
 #include <cmath>
@@ -83,8 +83,7 @@ WSSS_HOST_DEVICE bool any(const Mask<W>& mask) {
     return found != 0;
 }
 
-// exp(scale * x) for x <= 0, and 0 where it would be below the normal numbers; NaN for NaN, anything for x >
-// 0.
+// exp(scale * x) for x <= 0, 0 where it would be below the normal numbers; NaN for NaN, anything for x > 0.
 template <class W>
 class Exponential;
 

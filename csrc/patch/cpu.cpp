@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu_threads.h"
 #include "patch/math.h"
 
 namespace wsss::patch::WSSS_LEVEL {
@@ -41,8 +42,7 @@ struct Any {
     }
 };
 
-// Hardware prefetching follows neither the columns of a band nor a stream per patch; these distances measured
-// best.
+// Hardware follows neither the columns of a band nor a stream per patch; these distances measured best.
 constexpr int64_t kSplitAhead = 8192, kMergeAhead = 1024;
 
 WSSS_HOST_DEVICE void prefetch(const char* from, int64_t bytes) {
@@ -59,9 +59,8 @@ void copy_patches(const Params& p, const Where& where) {
     const int64_t whole_columns = std::min(p.grid_w, p.row_bytes / p.patch_row_bytes);
     constexpr int64_t kTogether = kSplit ? 1 : Rows::kColumns;
     const int64_t bands = p.images * p.planes * p.grid_h;
-    const int wanted = bands * p.grid_w * p.patch_height * p.patch_row_bytes < (64 << 10) ? 1 : where.threads;
-    // Bands are cut into pieces where there are too few to keep the threads busy (channels_last has one
-    // plane).
+    const int wanted = count_threads(bands * p.grid_w * p.patch_height * p.patch_row_bytes / 4, where);
+    // Bands are cut into pieces where there are too few to keep threads busy (channels_last has one plane).
     const int64_t piece_rows =
         std::max<int64_t>(1, std::min(p.patch_height, bands * p.patch_height / (4 * wanted)));
     const int64_t pieces = ceil_div(p.patch_height, piece_rows);

@@ -1,8 +1,8 @@
 // patch_split and patch_merge: what a backend is asked to do. Everything is counted in bytes, so the operator
 // knows no element types, and NCHW and channels_last are one case:
 //
-//   image    [images][planes][height][row of pixels]   strides image_*, rows dense, nothing assumed of the
-//   rest patches  [images][grid_h][grid_w][planes][patch_height][row of pixels]   dense
+//   image    [images][planes][height][row of pixels]   image_stride, plane_stride, row_stride; rows dense
+//   patches  [images][grid_h][grid_w][planes][patch_height][row of pixels]   dense
 //
 // NCHW has D planes with pixels of one element, channels_last one plane with pixels of D elements. Patch rows
 // and columns beyond the image are zero after a split and left out by a merge.

@@ -7,8 +7,8 @@
 namespace wsss {
 namespace {
 
-constexpr int64_t kMostPixels = int64_t{1}
-                                << 30;  // kernels count pixels of an image, and blocks of all, in 32 bits
+// Kernels count in 32 bits, and divide below 2^31: pixels and channels of all images, and their blocks.
+constexpr int64_t kMostCounted = int64_t{1} << 30;
 
 void prototype_seeds(const TensorView& cam, const TensorView& tags, const OptionalTensor& valid,
                      double background_scale, const TensorView& seeds, uint64_t where) {
@@ -26,8 +26,7 @@ void prototype_seeds(const TensorView& cam, const TensorView& tags, const Option
     p.valid = static_cast<const bool*>(data_or_null(valid));
     p.background_scale = background_scale;
     p.seeds = reinterpret_cast<int16_t*>(seeds.data());
-    if (p.images * p.height * p.width > kMostPixels * 64)
-        throw std::invalid_argument("more than 2^36 pixels");
+    if (p.images * p.height * p.width > kMostCounted) throw std::invalid_argument("more than 2^30 pixels");
     run(prototype::find_seeds, p, cam, where);
 }
 
@@ -45,7 +44,7 @@ prototype::LevelParams level_params(const TensorView& level, const TensorView& r
     p.strides = strides_of(level);
     p.resized_strides = strides_of(resized);
     for (const TensorView& map : {level, resized}) {
-        if (map.size(0) * map.size(2) * map.size(3) > kMostPixels) {
+        if (map.size(0) * map.size(2) * map.size(3) > kMostCounted) {
             throw std::invalid_argument("more than 2^30 pixels");
         }
     }
@@ -81,16 +80,15 @@ prototype::Params prototype_params(const TensorView& features, bool channels_las
     p.image_stride = features.stride(0);
     p.seeds = reinterpret_cast<const int16_t*>(seeds.data());
     p.counts = reinterpret_cast<int32_t*>(counts.data());
-    if (p.images * p.pixels > kMostPixels || p.images * p.channels > kMostPixels) {
+    if (p.images * p.pixels > kMostCounted || p.images * p.channels > kMostCounted) {
         throw std::invalid_argument("more than 2^30 pixels or channels");
     }
-    if (p.classes * p.channels > kMostPixels)
+    if (p.classes * p.channels > kMostCounted)
         throw std::invalid_argument("more than 2^30 classes * channels");
     return p;
 }
 
-// Prototypes, their lengths, cosines and the features' lengths; of the prototypes alone where the others are
-// missing.
+// Prototypes, their lengths, cosines and the features' lengths; prototypes alone where others are missing.
 void prototype_forward(const TensorView& features, bool channels_last, const TensorView& seeds,
                        const TensorView& counts, const TensorView& prototypes,
                        const OptionalTensor& prototype_lengths, const OptionalTensor& lengths,

@@ -17,6 +17,7 @@
 #include <omp.h>
 
 #include "cpu_memory.h"
+#include "cpu_threads.h"
 #include "prototype/cpu_levels.h"
 #include "prototype/cpu_products.h"
 #include "prototype/cpu_seeds.h"
@@ -24,13 +25,6 @@
 
 namespace wsss::prototype::WSSS_LEVEL {
 namespace {
-
-constexpr int64_t kFewNumbers = 1 << 14;  // not worth a second thread
-
-int count_threads(int64_t numbers, const Where& where) { return numbers < kFewNumbers ? 1 : where.threads; }
-int count_threads(const Params& p, const Where& where) {
-    return count_threads(p.images * p.channels * p.pixels, where);
-}
 
 // The numbers of an image.
 template <class T>
@@ -84,7 +78,7 @@ class Present {
 template <class T, class Visit>
 void each_block(const Params& p, int64_t items, const Where& where, const Visit& visit) {
     const int64_t units = p.images * ceil_div(items, kBlock);
-    const int threads = count_threads(p, where);
+    const int threads = count_threads(p.images * p.channels * p.pixels, where);
     const Memory memory(threads, Present::bytes(p));
 #pragma omp parallel for num_threads(threads)
     for (int64_t unit = 0; unit < units; ++unit) {
@@ -250,8 +244,7 @@ void find_shares(const Image<T>& image, const Block& block, const Present& prese
     }
 }
 
-// Adds what the pixels' own features get, of a chunk of a row: factor(k) and vector(k) say what of each
-// class.
+// Adds what pixels' own features get, of a chunk of a row: factor(k) and vector(k) say what of each class.
 template <class W, class Factor, class Vector>
 void add_own(W* to, int64_t length, int64_t classes, const Factor& factor, const Vector& vector) {
     for (int64_t k = 0; k < classes; k += kFew) {

@@ -160,8 +160,7 @@ void resize(const LevelParams& p, int threads) {
     }
 }
 
-// Adds to `blended` what a row of the level gets from the rows of the result that read it; whether there are
-// any.
+// Adds to `blended` what a row of the level gets from the result's rows that read it; whether there are any.
 template <class T>
 bool gather_rows(const LevelParams& p, const Rows<wide<T>>& rows, const Columns<wide<T>>& columns,
                  const Axis<wide<T>>& axis, int64_t n, int64_t y) {

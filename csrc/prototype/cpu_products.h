@@ -1,5 +1,5 @@
-// Sums over rows of features: products with vectors of classes, and sums over the pixels of a class. For
-// cpu.cpp alone.
+// Sums over rows of features: products with vectors of classes, and sums over the pixels of a class.
+// For cpu.cpp alone.
 //
 // A row is what is contiguous: an image's pixels of one channel, or with channels_last a pixel's channels.
 #pragma once

@@ -18,8 +18,7 @@
 //   shares 6 (7), were 51 (68);           gradients 15 (13), were about 70 (75).
 // What is done once for a block adds 2 or 3 to each. An H200 has time for 142 in all while the five passes
 // move their bytes at 85 % of its bandwidth. Each thread has four loads of 16 bytes under way; P3 has 384 to
-// 512 blocks of 256 threads, two or three of which a multiprocessor holds, so that 32 to 48 KB are under way
-// in each.
+// 512 blocks of 256 threads, two or three of which a multiprocessor holds: 32 to 48 KB under way in each.
 //
 // At this size a launch costs as much as a tenth of a pass, so there are six: seeds; prototypes, whose blocks
 // count pixels for themselves and write zeros too; cosines, whose blocks find the prototypes' lengths for

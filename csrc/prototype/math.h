@@ -1,6 +1,6 @@
 // What all backends share. Notation of wsss_ops.prototype_cam: F the feature of a pixel, P a class's
-// prototype, g the gradient of y = relu(cos), cos = F.P / (f p), f = max(|F|, eps), p = max(|P|, eps). With w
-// = g / f where y > 0 and else 0,
+// prototype, g the gradient of y = relu(cos), cos = F.P / (f p), f = max(|F|, eps), p = max(|P|, eps).
+// With w = g / f where y > 0 and else 0,
 //   dF = sum over classes of w P / p  -  F / |F| * sum of w y
 //   dP = (sum over pixels of w F  -  P / |P| * sum of g y) / p,
 // and each pixel of a class gets dP / (their number) besides.

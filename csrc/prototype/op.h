@@ -25,8 +25,8 @@ struct SeedParams {
 };
 WSSS_OPERATION(find_seeds, SeedParams)
 
-// A level of features, each pixel divided by (its norm over channels + kNormEpsilon) if `normalise`, resized
-// bilinearly.
+// A level of features, resized bilinearly; if `normalise`, after each pixel was divided by (its norm over
+// channels + kNormEpsilon).
 constexpr double kNormEpsilon = 1e-5;
 
 struct LevelParams {
