@@ -270,7 +270,7 @@ BAD: dict[str, Bad] = {
     "level dtype": (
         lambda f, c, t: prototype_cam([f, f.double()], c, t),
         TypeError,
-        r"features\[1\] must have the dtype of features\[0\], torch.float32, got torch.float64",
+        r"features\[1\] must have features\[0\]'s dtype float32, got float64",
     ),
     "images": (lambda f, c, t: prototype_cam(f[:1], c, t), ValueError, r"as many images as cam, 2, got 1"),
     "device": (lambda f, c, t: prototype_cam(f.to("meta"), c, t), ValueError, r"features must be on cam's device"),

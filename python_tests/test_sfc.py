@@ -258,7 +258,7 @@ BAD: dict[str, Bad] = {
     "infinite counts": (
         lambda c, t, k: distribution_coefficients([1, math.inf], 1),
         ValueError,
-        r"must be finite, got inf",
+        r"must be finite as a float, got inf",
     ),
     "text counts": (
         lambda c, t, k: distribution_coefficients(["a"], 1),

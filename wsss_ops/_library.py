@@ -35,3 +35,9 @@ def register(
     # The overload itself: calling the packet above it costs another microsecond.
     overload: torch._ops.OpOverload = getattr(torch.ops.wsss_ops, name).default
     return overload
+
+
+def is_autocast_on(device: torch.device) -> bool:
+    """Whether a function has to choose the dtype of its op: autocast does not see it."""
+    kind = device.type
+    return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)

@@ -6,14 +6,13 @@ Li et al., Expansion and Shrinkage of Localization for Weakly-Supervised Semanti
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._backend import call
-from ._checks import FLOATS, check_tensor
+from ._checks import FLOATS, check_positive, check_tensor
 from ._layout import empty_like_format, is_channels_last
 from ._library import register
 
@@ -38,11 +37,7 @@ def clip_features(x: Tensor, beta: float) -> Tensor:
         TypeError, ValueError: naming the argument and what was got.
     """
     check_tensor("x", x, "N, D, H, W", FLOATS)
-    if isinstance(beta, bool) or not isinstance(beta, (int, float, torch.SymFloat)):
-        raise TypeError(f"beta must be a number, got {beta!r}")
-    if not 0 < beta < math.inf:
-        raise ValueError(f"beta must be finite and above 0, got {beta}")
-    clipped: Tensor = _clip_features(x, beta)[0]
+    clipped: Tensor = _clip_features(x, check_positive("beta", beta))[0]
     return clipped
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ._backend import call, offers
-from ._checks import FLOATS, check_tensor, check_two, is_autocast_on
+from ._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor, check_two
 from ._columns import Columns
 from ._layout import empty_like_format, is_channels_last
-from ._library import register
+from ._library import is_autocast_on, register
 
 
 def deform_conv2d(
@@ -71,8 +71,8 @@ def deform_conv2d(
         bias = None if bias is None else bias.to(dtype)
     else:
         for name, other in (("weight", weight), ("bias", bias)):
-            if other is not None and other.dtype != input.dtype:
-                raise TypeError(f"{name} must have input's dtype {input.dtype}, got {other.dtype}")
+            if other is not None:
+                check_dtype(name, other, "input", input)
     wide = torch.promote_types(input.dtype, torch.float32)
     offset = offset.to(wide)
     mask = None if mask is None else mask.to(wide)
@@ -129,23 +129,18 @@ def _check(
     size = output_size((height, width), (kernel_h, kernel_w), stride, padding, dilation)
     if min(size) < 1:
         raise ValueError(f"the output's size would be {size}: input of {(height, width)} pixels is too small")
-    if offset.shape[0] != n or tuple(offset.shape[2:]) != size:
-        raise ValueError(f"offset must be [{n}, {offset.shape[1]}, {size[0]}, {size[1]}], got {list(offset.shape)}")
+    check_shape("offset", offset, (n, offset.shape[1], *size))
     others = [("offset", offset), ("weight", weight)]
     if mask is not None:
         check_tensor("mask", mask, "N, G * kH * kW, Ho, Wo", FLOATS)
-        expected = [n, offset_groups * taps, *size]
-        if list(mask.shape) != expected:
-            raise ValueError(f"mask must be {expected}, got {list(mask.shape)}")
+        check_shape("mask", mask, (n, offset_groups * taps, *size))
         others.append(("mask", mask))
     if bias is not None:
         check_tensor("bias", bias, "Cout", FLOATS)
-        if bias.shape[0] != outputs:
-            raise ValueError(f"bias must have weight's {outputs} outputs, got {bias.shape[0]}")
+        check_shape("bias", bias, (outputs,))
         others.append(("bias", bias))
     for name, other in others:
-        if other.device != input.device:
-            raise ValueError(f"{name} must be on input's device {input.device}, got {other.device}")
+        check_device(name, other, "input", input)
     return groups, offset_groups
 
 

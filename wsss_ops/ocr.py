@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 from ._backend import call, module_for
-from ._checks import FLOATS, INTEGERS, check_device, check_number, check_pair, check_shape, check_tensor
+from ._checks import (
+    FLOATS,
+    INTEGERS,
+    check_bool,
+    check_device,
+    check_number,
+    check_pair,
+    check_positive,
+    check_shape,
+    check_tensor,
+)
 from ._layout import empty_like_format, is_channels_last
 from ._library import register
 
@@ -121,10 +131,10 @@ def ocr_loss(
     if not 0 <= check_number("threshold", threshold) <= 1:
         raise ValueError(f"threshold must be from 0 to 1, got {threshold}")
     check_number("margin", margin)
-    if check_number("scale", scale) <= 0:
-        raise ValueError(f"scale must be above 0, got {scale}")
+    check_positive("scale", scale)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    check_bool("return_count", return_count)
     loss, count, _, _ = _ocr_loss(
         logits, tags, prior, ignore, threshold, margin, scale, height, width, align_corners, reduction
     )
@@ -187,8 +197,7 @@ def _check(
     check_tensor("tags", tags, "N, C", FLOATS + INTEGERS)
     check_shape("tags", tags, (n, classes))
     check_device("tags", tags, "logits", logits)
-    if not isinstance(align_corners, bool):
-        raise TypeError(f"align_corners must be a bool, got {align_corners!r}")
+    check_bool("align_corners", align_corners)
     if size is not None:
         wanted = check_pair("size", size, 1)
         if height == 0 or width == 0:

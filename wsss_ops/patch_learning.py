@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ._checks import FLOATS, check_int, check_pair, check_tensor
+from ._checks import FLOATS, check_bool, check_int, check_pair, check_tensor
 from .patch import patch_merge, patch_split
 
 PROBE = 1024  # pixels a side: many strides long, so that padding and rounding do not hide the stride
@@ -59,9 +59,7 @@ class PatchLearning(nn.Module):
         if position > len(blocks):
             raise ValueError(f"position must be at most {len(blocks)}, the number of blocks, got {position}")
         self.grid = check_pair("grid", grid, 1)
-        if not isinstance(detach, bool):
-            raise TypeError(f"detach must be a bool, got {detach!r}")
-        self.blocks, self.detach = blocks, detach
+        self.blocks, self.detach = blocks, check_bool("detach", detach)
         self._stride: tuple[int, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:

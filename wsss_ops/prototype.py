@@ -18,7 +18,9 @@ from ._backend import call
 from ._checks import (
     FLOATS,
     INTEGERS,
+    check_bool,
     check_device,
+    check_dtype,
     check_int,
     check_number,
     check_pair,
@@ -85,8 +87,7 @@ def prototype_cam(
         check_tensor(name, level, "N, D, H, W", FLOATS)
         if level.shape[0] != n:
             raise ValueError(f"{name} must hold as many images as cam, {n}, got {level.shape[0]}")
-        if level.dtype != levels[0].dtype:
-            raise TypeError(f"{name} must have the dtype of features[0], {levels[0].dtype}, got {level.dtype}")
+        check_dtype(name, level, names[0], levels[0])
         check_device(name, level, "cam", cam)
     _check_classes("cam", classes)
     check_tensor("tags", tags, "N, C", FLOATS + INTEGERS)
@@ -101,8 +102,7 @@ def prototype_cam(
         if map.shape[2:] != (height, width) and map.shape[2] * map.shape[3] == 0:
             raise ValueError(f"{name} must have pixels to be resized, got shape {list(map.shape)}")
     check_number("background_scale", background_scale)
-    if not isinstance(detach_prototypes, bool):
-        raise TypeError(f"detach_prototypes must be a bool, got {detach_prototypes!r}")
+    check_bool("detach_prototypes", detach_prototypes)
 
     seeds = _prototype_seeds(cam.detach(), tags, valid, background_scale, height, width)
     pixels = levels[0]

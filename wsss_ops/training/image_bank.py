@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import FLOATS, INTEGERS, check_device, check_int, check_shape, check_tensor
+from .._checks import FLOATS, INTEGERS, check_device, check_dtype, check_int, check_shape, check_tensor
 
 
 class Stored(NamedTuple):
@@ -67,8 +67,7 @@ class ImageBank(nn.Module):
                 raise ValueError(
                     f"images must be of the size of those before, {list(before.shape)}, got {list(images.shape)}"
                 )
-            if images.dtype != before.dtype:
-                raise TypeError(f"images must have the dtype of those before, {before.dtype}, got {images.dtype}")
+            check_dtype("images", images, "the bank", before)
         last = {c: i for i, c in (tags.cpu() != 0).nonzero().tolist()}
         kept = {
             i: Stored(*(part[i].detach().to("cpu", copy=True) for part in (images, tags, valid)))
