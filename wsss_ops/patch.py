@@ -91,15 +91,14 @@ def _empty_map(patches: Tensor, gh: int, gw: int, height: int, width: int) -> Te
 
 def _split(x: Tensor, gh: int, gw: int, ph: int, pw: int) -> Tensor:
     channels_last = is_channels_last(x)
-    patches = empty_like_format((x.shape[0] * gh * gw, x.shape[1], ph, pw), x, channels_last)
+    patches = _empty_patches(x, gh, gw, ph, pw)
     call("patch_split", x.device, with_dense_rows(x, channels_last), patches, gh, gw, channels_last)
     return patches
 
 
 def _merge(patches: Tensor, gh: int, gw: int, height: int, width: int) -> Tensor:
     channels_last = is_channels_last(patches)
-    shape = (patches.shape[0] // (gh * gw), patches.shape[1], height, width)
-    merged = empty_like_format(shape, patches, channels_last)
+    merged = _empty_map(patches, gh, gw, height, width)
     dense = patches.contiguous(memory_format=memory_format(channels_last))
     call("patch_merge", patches.device, dense, merged, gh, gw, channels_last)
     return merged
