@@ -226,7 +226,7 @@ BAD: dict[str, Bad] = {
     "no classes": (
         lambda x, t: ocr_loss(x[:, :0], t[:, :0]),
         ValueError,
-        r"logits must have 1 to 16384 classes, got 0",
+        r"logits' number of classes must be from 1 to 16384, got 0",
     ),
     "tags rank": (lambda x, t: ocr_loss(x, t[0]), ValueError, r"tags must have the 2 dimensions"),
     "tags shape": (lambda x, t: ocr_loss(x, t[:, :2]), ValueError, r"tags must have shape \[2, 3\], got \[2, 2\]"),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+MOST_CLASSES = 2**14  # whose numbers fit 16 bits, and a list of them in 32 the shared memory of every GPU
 _LARGEST_FLOAT = sys.float_info.max
 
 
@@ -84,6 +85,12 @@ def check_positive(name: str, value: Any) -> float:
 def check_shape(name: str, value: Tensor, shape: Sequence[int]) -> None:
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
+
+
+def check_classes(name: str, number: int) -> None:
+    """`name` says whose number of classes it is."""
+    if not 1 <= number <= MOST_CLASSES:
+        raise ValueError(f"{name} must be from 1 to {MOST_CLASSES}, got {number}")
 
 
 def check_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:

@@ -37,6 +37,15 @@ def register(
     return overload
 
 
+def no_second_derivative(function: str) -> Callable[..., Any]:
+    """The formula of an op that is itself the gradient of a function of the package."""
+
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError(f"{function} has no second derivative: call backward without create_graph=True")
+
+    return backward
+
+
 def is_autocast_on(device: torch.device) -> bool:
     """Whether a function has to choose the dtype of its op: autocast does not see it."""
     kind = device.type

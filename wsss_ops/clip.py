@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._backend import call
 from ._checks import FLOATS, check_positive, check_tensor
-from ._layout import empty_like_format, is_channels_last
+from ._layout import empty_like_format, is_channels_last, wide_dtype
 from ._library import register
 
 _CHUNK_BYTES = 1 << 14  # what the threads of a CUDA block have in flight at once
@@ -64,26 +64,25 @@ def _chunks(x: Tensor) -> int:
     return -(-x.numel() * x.element_size() // (x.shape[0] * _CHUNK_BYTES))
 
 
-def _empty_outputs(x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _empty_outputs(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _empty_flat(x), x.new_empty(x.shape[0])
 
 
 def _clip(x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    clipped, limits = _empty_outputs(x, beta)
+    clipped, limits = _empty_outputs(x)
     if x.numel() > 0:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        maxima = x.new_empty((x.shape[0], min(_chunks(x), _MOST_CHUNKS)), dtype=wide)
+        maxima = x.new_empty((x.shape[0], min(_chunks(x), _MOST_CHUNKS)), dtype=wide_dtype(x.dtype))
         source = x if _is_flat(x) else clipped.copy_(x)
         call("clip_features", x.device, source, beta, clipped, limits, maxima)
     return clipped, limits
 
 
-def _empty_gradient(grad: Tensor, x: Tensor, limits: Tensor) -> Tensor:
+def _empty_gradient(grad: Tensor, x: Tensor, *_: Any) -> Tensor:
     return _empty_flat(x)
 
 
 def _differentiate(grad: Tensor, x: Tensor, limits: Tensor) -> Tensor:
-    x_grad = _empty_flat(x)
+    x_grad = _empty_gradient(grad, x)
     if x.numel() > 0:
         source = x if _is_flat(x) else torch.empty_like(x_grad).copy_(x)
         if grad.stride()[1:] != x_grad.stride()[1:]:

@@ -15,8 +15,8 @@ from torch import Tensor
 from ._backend import call, offers
 from ._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor, check_two
 from ._columns import Columns
-from ._layout import empty_like_format, is_channels_last
-from ._library import is_autocast_on, register
+from ._layout import empty_like_format, is_channels_last, wide_dtype
+from ._library import is_autocast_on, no_second_derivative, register
 
 
 def deform_conv2d(
@@ -73,7 +73,7 @@ def deform_conv2d(
         for name, other in (("weight", weight), ("bias", bias)):
             if other is not None:
                 check_dtype(name, other, "input", input)
-    wide = torch.promote_types(input.dtype, torch.float32)
+    wide = wide_dtype(input.dtype)
     offset = offset.to(wide)
     mask = None if mask is None else mask.to(wide)
     settings = [number for pair in pairs for number in pair] + [groups, offset_groups]
@@ -166,9 +166,7 @@ def _panels(weight: Tensor, columns: int, like: Tensor) -> Tensor:
     return like.new_empty(groups_taps_rows * -(-columns // 32) * 32)
 
 
-def _empty_output(
-    input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, settings: list[int]
-) -> Tensor:
+def _empty_output(input: Tensor, offset: Tensor, weight: Tensor, *_: Any) -> Tensor:
     shape = (offset.shape[0], weight.shape[0], offset.shape[2], offset.shape[3])
     return empty_like_format(shape, input, is_channels_last(input))
 
@@ -181,7 +179,7 @@ def _forward(
         n, outputs, height, width = offset.shape[0], weight.shape[0], offset.shape[2], offset.shape[3]
         rows = Columns(pixels, offset, weight, mask, settings).convolve(bias)
         return _in_format_of(input, rows.view(n, height, width, outputs).permute(0, 3, 1, 2))
-    output = _empty_output(input, offset, weight, bias, mask, settings)
+    output = _empty_output(input, offset, weight)
     panels = _panels(weight, weight.shape[0] // settings[6], offset)
     wide_bias = None if bias is None else bias.to(offset.dtype).contiguous()
     where = (pixels, offset, mask, (*weight.shape[2:], *settings))
@@ -255,16 +253,12 @@ def _fake_backward(
     return results
 
 
-def _no_second_derivative(ctx: Any, gradients: Any) -> Any:
-    raise RuntimeError("deform_conv2d has no second derivative: call backward without create_graph=True")
-
-
 _convolve_backward = register(
     "deform_conv2d_backward(Tensor gradient, Tensor input, Tensor offset, Tensor weight, Tensor? mask, int[] settings, "
     "bool[] wanted) -> Tensor[]",
     _backward,
     _fake_backward,
-    _no_second_derivative,
+    no_second_derivative("deform_conv2d"),
 )
 
 

@@ -20,6 +20,7 @@ from ._checks import (
     FLOATS,
     INTEGERS,
     check_bool,
+    check_classes,
     check_device,
     check_number,
     check_pair,
@@ -27,10 +28,8 @@ from ._checks import (
     check_shape,
     check_tensor,
 )
-from ._layout import empty_like_format, is_channels_last
-from ._library import register
-
-_MOST_CLASSES = 2**14  # whose numbers fit 16 bits, and a list of them in 32 the shared memory of every GPU
+from ._layout import empty_like_format, is_channels_last, tagged, wide_dtype
+from ._library import no_second_derivative, register
 
 
 @overload
@@ -154,7 +153,7 @@ def annotation_correlation(tags: Tensor) -> Tensor:
         TypeError, ValueError: naming the argument and what was got.
     """
     check_tensor("tags", tags, "M, C", FLOATS + INTEGERS)
-    present = (tags != 0).double()  # float32 products may be rounded to fewer bits, under autocast or as TF32
+    present = tagged(tags).double()  # float32 products may be rounded to fewer bits, under autocast or as TF32
     together = present.T @ present
     return (together / together.diagonal().clamp_min(1)[:, None]).float()
 
@@ -192,8 +191,7 @@ def _check(
     """The size of the loss."""
     check_tensor("logits", logits, "N, C, H, W", FLOATS)
     n, classes, height, width = logits.shape
-    if not 1 <= classes <= _MOST_CLASSES:
-        raise ValueError(f"logits must have 1 to {_MOST_CLASSES} classes, got {classes}")
+    check_classes("logits' number of classes", classes)
     check_tensor("tags", tags, "N, C", FLOATS + INTEGERS)
     check_shape("tags", tags, (n, classes))
     check_device("tags", tags, "logits", logits)
@@ -210,15 +208,11 @@ def _check(
     return height, width
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _log_prior(prior: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Transposed, for then the pixels of a vector read one row each for a class."""
     if prior is None:
         return None
-    return torch.where(prior > 0, prior, 0).to(_wide(prior.dtype)).log().to(dtype).T.contiguous()
+    return torch.where(prior > 0, prior, 0).to(wide_dtype(prior.dtype)).log().to(dtype).T.contiguous()
 
 
 def _settings(threshold: float, margin: float, scale: float) -> tuple[float, float, float]:
@@ -245,7 +239,7 @@ def _empty_outputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, count, and for the backward winner and outside_sum of csrc/ocr/op.h."""
     pixels = (logits.shape[0], height, width)
-    wide = _wide(logits.dtype)
+    wide = wide_dtype(logits.dtype)
     return (
         logits.new_empty(pixels if reduction == "none" else (), dtype=wide),
         logits.new_empty((), dtype=torch.int64),
@@ -275,8 +269,8 @@ def _forward(
         "ocr_forward",
         logits.device,
         logits,
-        (tags != 0).contiguous(),
-        _log_prior(prior, _wide(logits.dtype)),
+        tagged(tags),
+        _log_prior(prior, wide_dtype(logits.dtype)),
         None if ignore is None else ignore.contiguous(),
         _settings(threshold, margin, scale),
         height,
@@ -322,7 +316,7 @@ def _backward(
         "ocr_backward",
         logits.device,
         logits,
-        (tags != 0).contiguous(),
+        tagged(tags),
         _log_prior(prior, outside_sum.dtype),
         _settings(threshold, margin, scale),
         height,
@@ -351,7 +345,7 @@ def _count(logits: Tensor, tags: Tensor, ignore: Tensor | None, height: int, wid
         "ocr_forward",
         logits.device,
         logits,
-        (tags != 0).contiguous(),
+        tagged(tags),
         None,
         None if ignore is None else ignore.contiguous(),
         _settings(0.0, 0.0, 1.0),
@@ -384,16 +378,12 @@ def _loss_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
     return (gradient, *[None] * 10)
 
 
-def _no_second_derivative(ctx: Any, grad: Tensor) -> Any:
-    raise RuntimeError("ocr_loss has no second derivative: call backward without create_graph=True")
-
-
 _ocr_loss_backward = register(
     "ocr_loss_backward(Tensor grad, Tensor logits, Tensor tags, Tensor? prior, Tensor count, Tensor winner, "
     "Tensor outside_sum, float threshold, float margin, float scale, bool align_corners, str reduction) -> Tensor",
     _backward,
     _empty_gradient,
-    _no_second_derivative,
+    no_second_derivative("ocr_loss"),
 )
 _ocr_loss = register(
     "ocr_loss(Tensor logits, Tensor tags, Tensor? prior, Tensor? ignore, float threshold, float margin, float scale, "

@@ -19,6 +19,7 @@ from ._checks import (
     FLOATS,
     INTEGERS,
     check_bool,
+    check_classes,
     check_device,
     check_dtype,
     check_int,
@@ -27,11 +28,9 @@ from ._checks import (
     check_shape,
     check_tensor,
 )
-from ._layout import empty_like_format, is_channels_last, memory_format
+from ._layout import empty_like_format, is_channels_last, memory_format, tagged, wide_dtype
 from ._levels import resize_levels
-from ._library import register
-
-_MOST_CLASSES = 2**14  # whose numbers fit 16 bits
+from ._library import no_second_derivative, register
 
 
 def prototype_cam(
@@ -89,7 +88,7 @@ def prototype_cam(
             raise ValueError(f"{name} must hold as many images as cam, {n}, got {level.shape[0]}")
         check_dtype(name, level, names[0], levels[0])
         check_device(name, level, "cam", cam)
-    _check_classes("cam", classes)
+    check_classes("cam's number of classes", classes)
     check_tensor("tags", tags, "N, C", FLOATS + INTEGERS)
     check_shape("tags", tags, (n, classes))
     check_device("tags", tags, "cam", cam)
@@ -133,15 +132,10 @@ def class_prototypes(features: Tensor, assignment: Tensor, num_classes: int) -> 
     check_shape("assignment", assignment, (n, height, width))
     check_device("assignment", assignment, "features", features)
     classes = check_int("num_classes", num_classes, 1)
-    _check_classes("num_classes", classes)
+    check_classes("num_classes", classes)
     seeds = torch.where((assignment >= 0) & (assignment < classes), assignment, -1).to(torch.int16)
     prototypes: Tensor = _class_prototypes(features, seeds, classes)[0]
     return prototypes.to(features.dtype)
-
-
-def _check_classes(name: str, classes: int) -> None:
-    if not 1 <= classes <= _MOST_CLASSES:
-        raise ValueError(f"{name} must have 1 to {_MOST_CLASSES} classes, got {classes}")
 
 
 def _dense(features: Tensor) -> tuple[Tensor, bool]:
@@ -151,10 +145,6 @@ def _dense(features: Tensor) -> tuple[Tensor, bool]:
     if features.shape[0] == 0 or image.is_contiguous(memory_format=memory_format(channels_last)):
         return features, channels_last
     return features.contiguous(memory_format=memory_format(channels_last)), channels_last
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _empty_seeds(
@@ -169,14 +159,14 @@ def _find_seeds(
     seeds = _empty_seeds(cam, tags, valid, background_scale, height, width)
     if seeds.numel() > 0:
         mask = None if valid is None else valid.contiguous()
-        call("prototype_seeds", cam.device, cam, tags.to(torch.bool).contiguous(), mask, background_scale, seeds)
+        call("prototype_seeds", cam.device, cam, tagged(tags), mask, background_scale, seeds)
     return seeds
 
 
 def _empty_prototypes(features: Tensor, seeds: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """And their counts."""
     n, d = features.shape[:2]
-    prototypes = features.new_empty((n, classes, d), dtype=_wide(features.dtype))
+    prototypes = features.new_empty((n, classes, d), dtype=wide_dtype(features.dtype))
     return prototypes, features.new_empty((n, classes), dtype=torch.int32)
 
 
@@ -217,10 +207,10 @@ def _average_backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, No
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _empty_outputs(features: Tensor, seeds: Tensor, classes: int, detach_prototypes: bool) -> Outputs:
+def _empty_outputs(features: Tensor, seeds: Tensor, classes: int, *_: Any) -> Outputs:
     """Cosines, and for the backward what csrc/prototype/op.h calls counts, prototypes, prototype_lengths, lengths."""
     n, height, width = seeds.shape
-    wide = _wide(features.dtype)
+    wide = wide_dtype(features.dtype)
     cosines = features.new_empty((n, classes, height, width), dtype=wide)
     prototypes, counts = _empty_prototypes(features, seeds, classes)
     prototype_lengths = features.new_empty((n, classes), dtype=wide)
@@ -228,7 +218,7 @@ def _empty_outputs(features: Tensor, seeds: Tensor, classes: int, detach_prototy
 
 
 def _compare(features: Tensor, seeds: Tensor, classes: int, detach_prototypes: bool) -> Outputs:
-    outputs = _empty_outputs(features, seeds, classes, detach_prototypes)
+    outputs = _empty_outputs(features, seeds, classes)
     if features.numel() > 0:
         call("prototype_forward", features.device, *_dense(features), seeds, *outputs[1:], outputs[0])
         return outputs
@@ -278,13 +268,6 @@ def _compare_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor |
     return gradient, None, None, None
 
 
-def _no_second_derivative(name: str) -> Any:
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        raise RuntimeError(f"{name} has no second derivative: call backward without create_graph=True")
-
-    return backward
-
-
 _prototype_seeds = register(
     "prototype_seeds(Tensor cam, Tensor tags, Tensor? valid, float background_scale, SymInt height, SymInt width) "
     "-> Tensor",
@@ -296,7 +279,7 @@ _class_prototypes_backward = register(
     "-> Tensor",
     _spread,
     _empty_spread,
-    _no_second_derivative("class_prototypes"),
+    no_second_derivative("class_prototypes"),
 )
 _class_prototypes = register(
     "class_prototypes(Tensor features, Tensor seeds, SymInt classes) -> (Tensor, Tensor)",
@@ -310,7 +293,7 @@ _prototype_cam_backward = register(
     "Tensor prototypes, Tensor prototype_lengths, Tensor lengths, bool detach_prototypes) -> Tensor",
     _differentiate,
     _empty_gradient,
-    _no_second_derivative("prototype_cam"),
+    no_second_derivative("prototype_cam"),
 )
 _prototype_cam = register(
     "prototype_cam(Tensor features, Tensor seeds, SymInt classes, bool detach_prototypes) "

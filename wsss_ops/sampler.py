@@ -22,6 +22,7 @@ from ._checks import (
     check_tensor,
     check_two,
 )
+from ._layout import wide_dtype
 from ._library import is_autocast_on
 from .deform import deform_conv2d, output_size
 
@@ -180,7 +181,7 @@ class DeformSampler(_Sampling):
         """
         self._check(x)
         raw = self.offset_branch(x.detach() if self.detach_input else x)
-        offset: Tensor = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        offset: Tensor = raw.to(wide_dtype(raw.dtype))
         return offset if self.max_offset is None else self.max_offset * torch.tanh(offset / self.max_offset)
 
     def forward(self, x: Tensor) -> Tensor:

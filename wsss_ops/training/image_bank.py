@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import FLOATS, INTEGERS, check_device, check_dtype, check_int, check_shape, check_tensor
+from .._layout import tagged
 
 
 class Stored(NamedTuple):
@@ -68,7 +69,7 @@ class ImageBank(nn.Module):
                     f"images must be of the size of those before, {list(before.shape)}, got {list(images.shape)}"
                 )
             check_dtype("images", images, "the bank", before)
-        last = {c: i for i, c in (tags.cpu() != 0).nonzero().tolist()}
+        last = {c: i for i, c in tagged(tags).nonzero().tolist()}
         kept = {
             i: Stored(*(part[i].detach().to("cpu", copy=True) for part in (images, tags, valid)))
             for i in set(last.values())
