@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import FLOATS, INTEGERS, check_device, check_dtype, check_int, check_shape, check_tensor
-from .._layout import tagged
+from ._checks import FLOATS, INTEGERS, check_device, check_dtype, check_int, check_shape, check_tensor
+from ._layout import tagged
 
 
 class Stored(NamedTuple):
