@@ -7,7 +7,7 @@ Li et al., Expansion and Shrinkage of Localization for Weakly-Supervised Semanti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -180,11 +180,20 @@ def _forward(
         rows = Columns(pixels, offset, weight, mask, settings).convolve(bias)
         return _in_format_of(input, rows.view(n, height, width, outputs).permute(0, 3, 1, 2))
     output = _empty_output(input, offset, weight)
-    panels = _panels(weight, weight.shape[0] // settings[6], offset)
+    groups = input.shape[1] // weight.shape[1]
+    panels = _panels(weight, weight.shape[0] // groups, offset)
     wide_bias = None if bias is None else bias.to(offset.dtype).contiguous()
     where = (pixels, offset, mask, (*weight.shape[2:], *settings))
     call("deform_convolve", input.device, *where, weight, wide_bias, panels, output)
     return output
+
+
+class _Targets(NamedTuple):
+    """Memory of the gradients that are wanted, all in the wide type."""
+
+    offset: Tensor | None
+    mask: Tensor | None
+    input: Tensor | None  # [N, H, W, Cin], to be added to
 
 
 def _backward(
@@ -199,36 +208,63 @@ def _backward(
     """Gradients of those of (input, offset, weight, mask) that are wanted, in this order."""
     for_input, for_offset, for_weight, for_mask = wanted
     n, channels, height, width = input.shape
-    input_gradient = offset.new_zeros(n, height, width, channels) if for_input else None
-    offset_gradient = torch.empty_like(offset) if for_offset else None
-    mask_gradient = torch.empty_like(mask) if mask is not None and for_mask else None
-    targets = (offset_gradient, mask_gradient, input_gradient)
+    targets = _Targets(
+        offset=torch.empty_like(offset) if for_offset else None,
+        mask=torch.empty_like(mask) if mask is not None and for_mask else None,
+        input=offset.new_zeros(n, height, width, channels) if for_input else None,
+    )
+    differentiate = _differentiate_by_tiles if offers(input.device, "deform_convolve") else _differentiate_by_columns
     pixels = _dense_channels(input)
-    outputs, group_channels, kernel_h, kernel_w = weight.shape
-    if offers(input.device, "deform_convolve"):
-        rows = gradient.to(offset.dtype).contiguous(memory_format=torch.channels_last)
-        where = (pixels, offset, mask, (kernel_h, kernel_w, *settings))
-        if for_input or for_offset or for_mask:
-            panels = _panels(weight, group_channels, offset)
-            call("deform_differentiate", input.device, *where, weight, panels, rows, *targets)
-        weight_gradient = None
-        if for_weight:
-            weight_gradient = empty_like_format(weight.shape, offset, is_channels_last(weight))
-            call("deform_differentiate_weight", input.device, *where, rows, weight_gradient)
-            weight_gradient = weight_gradient.to(weight.dtype)
-    else:
-        rows = gradient.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        rows = rows.reshape(-1, settings[6], outputs // settings[6])
-        columns = Columns(pixels, offset, weight, mask, settings)
-        if for_input or for_offset or for_mask:
-            columns.differentiate(rows, input_gradient, offset_gradient, mask_gradient)
-        weight_gradient = None
-        if for_weight:
-            taps_outside = columns.differentiate_weight(rows).reshape(outputs, kernel_h, kernel_w, group_channels)
-            weight_gradient = _in_format_of(weight, taps_outside.permute(0, 3, 1, 2))
-    by_input = None if input_gradient is None else _in_format_of(input, input_gradient.permute(0, 3, 1, 2))
-    results = (by_input, offset_gradient, weight_gradient, mask_gradient)
+    weight_gradient = differentiate(gradient, pixels, offset, weight, mask, settings, targets, for_weight)
+    by_input = None if targets.input is None else _in_format_of(input, targets.input.permute(0, 3, 1, 2))
+    results = (by_input, targets.offset, weight_gradient, targets.mask)
     return [result for result in results if result is not None]
+
+
+def _differentiate_by_tiles(
+    gradient: Tensor,
+    pixels: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    settings: list[int],
+    targets: _Targets,
+    for_weight: bool,
+) -> Tensor | None:
+    """Fills the targets, and returns the weight's gradient if it is wanted: on a CPU."""
+    rows = gradient.to(offset.dtype).contiguous(memory_format=torch.channels_last)
+    where = (pixels, offset, mask, (*weight.shape[2:], *settings))
+    if any(target is not None for target in targets):
+        panels = _panels(weight, weight.shape[1], offset)
+        call("deform_differentiate", pixels.device, *where, weight, panels, rows, *targets)
+    if not for_weight:
+        return None
+    weight_gradient = empty_like_format(weight.shape, offset, is_channels_last(weight))
+    call("deform_differentiate_weight", pixels.device, *where, rows, weight_gradient)
+    return weight_gradient.to(weight.dtype)
+
+
+def _differentiate_by_columns(
+    gradient: Tensor,
+    pixels: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    settings: list[int],
+    targets: _Targets,
+    for_weight: bool,
+) -> Tensor | None:
+    """The same on a GPU."""
+    columns = Columns(pixels, offset, weight, mask, settings)
+    rows = gradient.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    rows = rows.reshape(-1, columns.groups, columns.outputs // columns.groups)
+    if any(target is not None for target in targets):
+        columns.differentiate(rows, targets.input, targets.offset, targets.mask)
+    if not for_weight:
+        return None
+    outputs, group_channels, kernel_h, kernel_w = weight.shape
+    taps_outside = columns.differentiate_weight(rows).reshape(outputs, kernel_h, kernel_w, group_channels)
+    return _in_format_of(weight, taps_outside.permute(0, 3, 1, 2))
 
 
 def _fake_backward(
