@@ -8,14 +8,13 @@ reading.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from ._backend import call, module_for
+from . import _ocr
 from ._checks import (
     FLOATS,
     INTEGERS,
@@ -28,8 +27,7 @@ from ._checks import (
     check_shape,
     check_tensor,
 )
-from ._layout import empty_like_format, is_channels_last, tagged, wide_dtype
-from ._library import no_second_derivative, register
+from ._layout import tagged
 
 
 @overload
@@ -134,7 +132,7 @@ def ocr_loss(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     check_bool("return_count", return_count)
-    loss, count, _, _ = _ocr_loss(
+    loss, count, _, _ = _ocr.ocr_loss(
         logits, tags, prior, ignore, threshold, margin, scale, height, width, align_corners, reduction
     )
     return (loss, count) if return_count else loss
@@ -179,7 +177,7 @@ def out_of_candidate_rate(
         TypeError, ValueError: naming the argument and what was got.
     """
     height, width = _check(logits, tags, ignore, size, align_corners)
-    count: Tensor = _ocr_count(logits.detach(), tags, ignore, height, width, align_corners)
+    count: Tensor = _ocr.ocr_count(logits.detach(), tags, ignore, height, width, align_corners)
     if ignore is None:
         return count / max(logits.shape[0] * height * width, 1)
     return count / (~ignore).sum().clamp_min(1)
@@ -206,195 +204,3 @@ def _check(
         check_shape("ignore", ignore, (n, height, width))
         check_device("ignore", ignore, "logits", logits)
     return height, width
-
-
-def _log_prior(prior: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Transposed, for then the pixels of a vector read one row each for a class."""
-    if prior is None:
-        return None
-    return torch.where(prior > 0, prior, 0).to(wide_dtype(prior.dtype)).log().to(dtype).T.contiguous()
-
-
-def _settings(threshold: float, margin: float, scale: float) -> tuple[float, float, float]:
-    return (math.log(threshold) if threshold > 0 else -math.inf), margin, scale
-
-
-def _parts(logits: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    parts, _ = module_for(logits.device).ocr_scratch(logits.shape, height, width)
-    return logits.new_empty(parts, dtype=torch.double), logits.new_empty(parts, dtype=torch.int64)
-
-
-def _empty_outputs(
-    logits: Tensor,
-    tags: Tensor,
-    prior: Tensor | None,
-    ignore: Tensor | None,
-    threshold: float,
-    margin: float,
-    scale: float,
-    height: int,
-    width: int,
-    align_corners: bool,
-    reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, count, and for the backward winner and outside_sum of csrc/ocr/op.h."""
-    pixels = (logits.shape[0], height, width)
-    wide = wide_dtype(logits.dtype)
-    return (
-        logits.new_empty(pixels if reduction == "none" else (), dtype=wide),
-        logits.new_empty((), dtype=torch.int64),
-        logits.new_empty(pixels, dtype=torch.int16),
-        logits.new_empty(pixels, dtype=wide),
-    )
-
-
-def _forward(
-    logits: Tensor,
-    tags: Tensor,
-    prior: Tensor | None,
-    ignore: Tensor | None,
-    threshold: float,
-    margin: float,
-    scale: float,
-    height: int,
-    width: int,
-    align_corners: bool,
-    reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = (threshold, margin, scale, height, width, align_corners, reduction)
-    loss, count, winner, outside_sum = _empty_outputs(logits, tags, prior, ignore, *options)
-    if winner.numel() == 0:
-        return loss.zero_(), count.zero_(), winner, outside_sum
-    call(
-        "ocr_forward",
-        logits.device,
-        logits,
-        tagged(tags),
-        _log_prior(prior, wide_dtype(logits.dtype)),
-        None if ignore is None else ignore.contiguous(),
-        _settings(threshold, margin, scale),
-        height,
-        width,
-        align_corners,
-        reduction == "mean",
-        loss,
-        count,
-        winner,
-        outside_sum,
-        *_parts(logits, height, width),
-    )
-    return loss, count, winner, outside_sum
-
-
-def _empty_gradient(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    return empty_like_format(logits.shape, logits, is_channels_last(logits))
-
-
-def _backward(
-    grad: Tensor,
-    logits: Tensor,
-    tags: Tensor,
-    prior: Tensor | None,
-    count: Tensor,
-    winner: Tensor,
-    outside_sum: Tensor,
-    threshold: float,
-    margin: float,
-    scale: float,
-    align_corners: bool,
-    reduction: str,
-) -> Tensor:
-    gradient = _empty_gradient(grad, logits)
-    if winner.numel() == 0 or gradient.numel() == 0:
-        return gradient.zero_()
-    height, width = winner.shape[1:]
-    scratch = None
-    if (height, width) != logits.shape[2:]:
-        _, numbers = module_for(logits.device).ocr_scratch(logits.shape, height, width)
-        scratch = outside_sum.new_empty(numbers)
-    call(
-        "ocr_backward",
-        logits.device,
-        logits,
-        tagged(tags),
-        _log_prior(prior, outside_sum.dtype),
-        _settings(threshold, margin, scale),
-        height,
-        width,
-        align_corners,
-        reduction == "mean",
-        grad.contiguous(),
-        count,
-        winner,
-        outside_sum,
-        gradient,
-        scratch,
-    )
-    return gradient
-
-
-def _empty_count(logits: Tensor, *_: Any) -> Tensor:
-    return logits.new_empty((), dtype=torch.int64)
-
-
-def _count(logits: Tensor, tags: Tensor, ignore: Tensor | None, height: int, width: int, align_corners: bool) -> Tensor:
-    count = _empty_count(logits)
-    if logits.shape[0] * height * width == 0:
-        return count.zero_()
-    call(
-        "ocr_forward",
-        logits.device,
-        logits,
-        tagged(tags),
-        None,
-        None if ignore is None else ignore.contiguous(),
-        _settings(0.0, 0.0, 1.0),
-        height,
-        width,
-        align_corners,
-        False,
-        None,
-        count,
-        None,
-        None,
-        *_parts(logits, height, width),
-    )
-    return count
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, tags, prior, _, *ctx.options = inputs
-    _, *saved = output
-    ctx.mark_non_differentiable(*saved)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, tags, prior, *saved)
-
-
-def _loss_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    threshold, margin, scale, _, _, align_corners, reduction = ctx.options
-    gradient = None
-    if grad is not None:
-        gradient = _ocr_loss_backward(grad, *ctx.saved_tensors, threshold, margin, scale, align_corners, reduction)
-    return (gradient, *[None] * 10)
-
-
-_ocr_loss_backward = register(
-    "ocr_loss_backward(Tensor grad, Tensor logits, Tensor tags, Tensor? prior, Tensor count, Tensor winner, "
-    "Tensor outside_sum, float threshold, float margin, float scale, bool align_corners, str reduction) -> Tensor",
-    _backward,
-    _empty_gradient,
-    no_second_derivative("ocr_loss"),
-)
-_ocr_loss = register(
-    "ocr_loss(Tensor logits, Tensor tags, Tensor? prior, Tensor? ignore, float threshold, float margin, float scale, "
-    "SymInt height, SymInt width, bool align_corners, str reduction) -> (Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _empty_outputs,
-    _loss_backward,
-    _save,
-)
-_ocr_count = register(
-    "ocr_count(Tensor logits, Tensor tags, Tensor? ignore, SymInt height, SymInt width, bool align_corners) -> Tensor",
-    _count,
-    _empty_count,
-)
