@@ -1,4 +1,7 @@
-"""Fused operators for weakly supervised semantic segmentation."""
+"""Fused operators for weakly supervised semantic segmentation.
+
+Bad input raises TypeError or ValueError before anything is computed, naming the argument and what was got.
+"""
 
 from . import reference
 from ._columns import set_workspace_limit

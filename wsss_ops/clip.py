@@ -1,7 +1,8 @@
 """Feature clipping of ESOL: strong responses are limited, so that weak ones get a fair share of the gradient.
 
 Li et al., Expansion and Shrinkage of Localization for Weakly-Supervised Semantic Segmentation, NeurIPS 2022 (arXiv
-2209.07761). That the maximum is an image's own and carries no gradient is our reading.
+2209.07761), section 3, the expansion stage: min(F, beta * max F) of the features F. That the maximum is an image's own
+and carries no gradient is our reading.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def clip_features(x: Tensor, beta: float) -> Tensor:
         and is zero elsewhere; the limit carries none. The same in every run; x is kept for the backward pass.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if x is no tensor of these dtypes, or beta no number.
+        ValueError: if x is not 4-d, or beta not finite or not above 0.
+        RuntimeError: if x is on a GPU and the CUDA backend was not built.
     """
     check_tensor("x", x, "N, D, H, W", FLOATS)
     clipped: Tensor = _clip_features(x, check_positive("beta", beta))[0]

@@ -61,7 +61,10 @@ def deform_conv2d(
     Memory: see `set_workspace_limit`.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if a tensor is of another dtype, or stride, padding or dilation hold no ints.
+        ValueError: if shapes do not fit each other, devices differ, the output would be empty, or stride,
+            padding or dilation are out of range (at least 1, 0 and 1).
+        RuntimeError: if input is on a GPU and the CUDA backend was not built; in a second derivative.
     """
     pairs = (check_two("stride", stride, 1), check_two("padding", padding, 0), check_two("dilation", dilation, 1))
     groups, offset_groups = _check(input, offset, weight, bias, mask, *pairs)

@@ -118,7 +118,9 @@ def ocr_loss(
     scratch of a few times the logits at their own size.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if a tensor is of another dtype, or an option of another type.
+        ValueError: if shapes or devices do not fit the logits', or an option is out of its range.
+        RuntimeError: if the logits are on a GPU and the CUDA backend was not built; in a second derivative.
     """
     height, width = _check(logits, tags, ignore, size, align_corners)
     if prior is not None:
@@ -148,7 +150,8 @@ def annotation_correlation(tags: Tensor) -> Tensor:
         float32 [C, C]: at [o, c] the share of the images with class o that have class c; 0 where no image has o.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if tags is no tensor of numbers.
+        ValueError: if tags is not 2-d.
     """
     check_tensor("tags", tags, "M, C", FLOATS + INTEGERS)
     present = tagged(tags).double()  # float32 products may be rounded to fewer bits, under autocast or as TF32
@@ -174,7 +177,9 @@ def out_of_candidate_rate(
         ignored, images without tags included; 0 where there are none.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if a tensor is of another dtype, or an option of another type.
+        ValueError: if shapes or devices do not fit the logits', or size is below 1.
+        RuntimeError: if the logits are on a GPU and the CUDA backend was not built.
     """
     height, width = _check(logits, tags, ignore, size, align_corners)
     count: Tensor = _ocr.ocr_count(logits.detach(), tags, ignore, height, width, align_corners)

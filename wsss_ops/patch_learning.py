@@ -45,7 +45,8 @@ class PatchLearning(nn.Module):
         detach: no gradient reaches the blocks before position through the patches (the paper's explicit mode).
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if an argument is of another type.
+        ValueError: if position is not from 0 to len(blocks), or grid is below 1.
     """
 
     _split = staticmethod(patch_split)  # those of the references are others
@@ -65,8 +66,11 @@ class PatchLearning(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [N, D, H, W] -> [N, 2 * D', H', W']: the whole map's D' channels, then the merged patches'.
 
-        Raises ValueError where a block behind position does not map patches of h x w pixels to h / stride x w / stride
-        cells: convolutions and pools with an odd kernel do that where they pad half of it.
+        Raises:
+            TypeError: if x is no tensor of float64, float32, float16 or bfloat16.
+            ValueError: if x is not 4-d, or a block behind position does not map patches of h x w pixels to
+                h / stride x w / stride cells: those with an odd kernel do where they pad half of it.
+            RuntimeError: if x is on a GPU and the CUDA backend was not built.
         """
         check_tensor("x", x, "N, D, H, W", FLOATS)
         split = self.blocks[: self.position](x)

@@ -1,9 +1,10 @@
 """Prototype CAM: how much each pixel's feature looks like the mean feature of each class's own pixels.
 
-Zhao et al., SFC: Shared Feature Calibration in Weakly Supervised Semantic Segmentation, AAAI 2024 (arXiv 2401.11719).
-Seeds, prototypes, cosine and the levels side by side are the paper's, as its published code has them; that the
-prototype is a mean (the code divides by all pixels, which the cosine does not see), nearest resizing of seeds, and what
-classes without pixels, ties and NaN mean, are our reading.
+Zhao et al., SFC: Shared Feature Calibration in Weakly Supervised Semantic Segmentation, AAAI 2024 (arXiv 2401.11719),
+the method's prototype CAM: relu(cos(F_p, P_c)), of pixel p's feature F_p and the prototype P_c, the mean feature of the
+pixels that seed class c. Seeds, prototypes, cosine and the levels side by side are the paper's, as its published code
+has them; that the prototype is a mean (the code divides by all pixels, which the cosine does not see), nearest resizing
+of seeds, and what classes without pixels, ties and NaN mean, are our reading.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ def prototype_cam(
     Memory for the backward pass: the features (or their resized copy), and C + 1 wide numbers a pixel.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if a tensor is of another dtype, levels are of several, or an option is of another type.
+        ValueError: if shapes or devices do not fit the cam's, there is no level, or what is to be resized is empty.
+        RuntimeError: if the cam is on a GPU and the CUDA backend was not built; in a second derivative.
     """
     check_tensor("cam", cam, "N, C, H, W", FLOATS)
     if isinstance(features, Tensor) or not isinstance(features, Sequence):
@@ -124,7 +127,9 @@ def class_prototypes(features: Tensor, assignment: Tensor, num_classes: int) -> 
         gradient has the features' memory format and can be taken once, not twice. The same in every run.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if a tensor is of another dtype, or num_classes no int.
+        ValueError: if shapes do not fit each other, devices differ, or num_classes is out of its range.
+        RuntimeError: if features is on a GPU and the CUDA backend was not built; in a second derivative.
     """
     check_tensor("features", features, "N, D, H, W", FLOATS)
     check_tensor("assignment", assignment, "N, H, W", (torch.int64,))

@@ -85,7 +85,8 @@ class DeformConv2d(_Sampling):
     Parameters: `weight` [out_channels, in_channels / groups, kH, kW] and `bias` [out_channels].
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if an argument is of another type.
+        ValueError: if channels are no multiples of groups, padding is negative, or another size below 1.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class DeformConv2d(_Sampling):
         self.reset_parameters()
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`deform_conv2d` of input [N, in_channels, H, W] with this layer's weight and bias."""
+        """`deform_conv2d` of input [N, in_channels, H, W] with this layer's weight and bias; raises as that does."""
         return self._convolve(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
 
 
@@ -127,7 +128,9 @@ class DeformSampler(_Sampling):
         detach_input: no gradient reaches the input, neither through the sampling nor through the branch.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if an argument is of another type.
+        ValueError: if channels are no multiples of their groups, padding is negative, "same" for an even kernel or
+            another text, max_offset is not finite or not above 0, or another size is below 1.
     """
 
     def __init__(
@@ -178,6 +181,10 @@ class DeformSampler(_Sampling):
         """Where the taps go, for x [N, in_channels, H, W]: the bounded offsets in pixels, float32 or wider.
 
         [N, 2 * offset_groups * K, Ho, Wo], channel 2 * (g * K + k) the y, the next one the x displacement of tap k.
+
+        Raises:
+            TypeError: if x is no tensor of the layer's dtype (under autocast of float64, float32, float16 or bfloat16).
+            ValueError: if x is not 4-d with in_channels channels, on another device, or smaller than the kernel.
         """
         self._check(x)
         raw = self.offset_branch(x.detach() if self.detach_input else x)
@@ -185,7 +192,12 @@ class DeformSampler(_Sampling):
         return offset if self.max_offset is None else self.max_offset * torch.tanh(offset / self.max_offset)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, in_channels, H, W] -> [N, out_channels, Ho, Wo], sampled at `offsets(x)`."""
+        """x [N, in_channels, H, W] -> [N, out_channels, Ho, Wo], sampled at `offsets(x)`.
+
+        Raises:
+            TypeError, ValueError: as `offsets`.
+            RuntimeError: if x is on a GPU and the CUDA backend was not built; in a second derivative.
+        """
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         if self.freeze_weight:

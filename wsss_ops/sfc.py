@@ -1,8 +1,9 @@
 """The losses of SFC and what they need: consistency between classifier and prototype CAM, weighted by class.
 
-Zhao et al., SFC: Shared Feature Calibration in Weakly Supervised Semantic Segmentation, AAAI 2024 (arXiv 2401.11719).
-The multi-scaled distribution-weighted consistency loss and its coefficients are the paper's; weights, the eps and where
-gradient passes are its published code's. What empty batches and equal counts mean is our reading.
+Zhao et al., SFC: Shared Feature Calibration in Weakly Supervised Semantic Segmentation, AAAI 2024 (arXiv 2401.11719),
+the method's Multi-Scaled Distribution-Weighted (MSDW) consistency loss, whose equations `msdw_loss` and
+`distribution_coefficients` state. The loss and its coefficients are the paper's; weights, the eps and where gradient
+passes are its published code's. What empty batches and equal counts mean is our reading.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def normalize_cam(cam: Tensor) -> Tensor:
         [N, C, H, W] in the dtype of cam, computed in float32 or wider. Equal maxima share the gradient evenly.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if cam is no tensor of these dtypes.
+        ValueError: if cam is not 4-d.
     """
     check_tensor("cam", cam, "N, C, H, W", FLOATS)
     if cam.numel() == 0:
@@ -72,7 +74,9 @@ def msdw_loss(
         twice. The same in every run.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if a tensor is of another dtype, or a weight no number.
+        ValueError: if shapes or devices do not fit cam_w's, cam_w_small has no pixels, or a weight is not finite.
+        RuntimeError: if the cams are on a GPU and the CUDA backend was not built; in a second derivative.
     """
     check_tensor("cam_w", cam_w, "N, C, H, W", FLOATS)
     check_tensor("cam_p", cam_p, "N, C, H, W", FLOATS)
@@ -116,7 +120,9 @@ def distribution_coefficients(class_counts: Tensor | Sequence[float], resampled_
         float32 [C - 1] on the device of the counts, of mean 1; all 1 where all counts are equal.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if the counts or resampled_per_class are no numbers.
+        ValueError: if there is no count, one is not finite, negative, or 0 where resampled_per_class is 0, or
+            resampled_per_class is negative.
     """
     if isinstance(class_counts, Sequence) and not isinstance(class_counts, str):
         class_counts = torch.tensor([check_number("class_counts", n) for n in class_counts], dtype=torch.float64)
