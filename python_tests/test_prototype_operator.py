@@ -59,6 +59,11 @@ def test_second_derivative_is_refused(device: torch.device) -> None:
         gradients = torch.autograd.grad(prototype_cam(**given).sum(), levels, create_graph=True)
         with pytest.raises(RuntimeError, match="prototype_cam has no second derivative"):
             gradients[0].sum().backward()
+    features, assignment = torch.ones(1, 2, 1, 1, device=device, requires_grad=True), torch.zeros(1, 1, 1).long()
+    result = class_prototypes(features, assignment.to(device), 1)
+    (gradient,) = torch.autograd.grad(result.square().sum(), features, create_graph=True)
+    with pytest.raises(RuntimeError, match="class_prototypes has no second derivative"):
+        gradient.sum().backward()
 
 
 def test_features_changed_before_the_backward_pass(device: torch.device) -> None:
@@ -263,13 +268,13 @@ BAD: dict[str, Bad] = {
     "level dtype": (
         lambda f, c, t: prototype_cam([f, f.double()], c, t),
         TypeError,
-        r"features\[1\] must have the dtype of features\[0\], torch.float32, got torch.float64",
+        r"features\[1\] must have features\[0\]'s dtype float32, got float64",
     ),
     "images": (lambda f, c, t: prototype_cam(f[:1], c, t), ValueError, r"as many images as cam, 2, got 1"),
     "device": (lambda f, c, t: prototype_cam(f.to("meta"), c, t), ValueError, r"features must be on cam's device"),
     "cam rank": (lambda f, c, t: prototype_cam(f, c[0], t), ValueError, r"cam must have the 4 dimensions"),
     "cam dtype": (lambda f, c, t: prototype_cam(f, c.long(), t), TypeError, r"cam must be one of .*got int64"),
-    "no classes": (lambda f, c, t: prototype_cam(f, c[:, :0], t[:, :0]), ValueError, r"cam must have 1 to 16384 cl"),
+    "no classes": (lambda f, c, t: prototype_cam(f, c[:, :0], t[:, :0]), ValueError, r"cam's number of classes"),
     "no pixels": (
         lambda f, c, t: prototype_cam(f, c[:, :, :0], t, size=(4, 5)),
         ValueError,
@@ -308,6 +313,11 @@ BAD: dict[str, Bad] = {
         lambda f, c, t: class_prototypes(f, c[:, 0].long(), 0),
         ValueError,
         r"num_classes must be at least 1, got 0",
+    ),
+    "many classes": (
+        lambda f, c, t: class_prototypes(f, c[:, 0].long(), 16385),
+        ValueError,
+        r"num_classes must be from 1 to 16384, got 16385",
     ),
 }
 

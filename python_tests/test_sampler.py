@@ -251,13 +251,16 @@ BAD: dict[str, tuple[type[nn.Module], dict[str, Any], type[Exception], str]] = {
     "groups": (DeformConv2d, {"groups": 4}, ValueError, "in_channels must be a multiple of groups, 4, got 6"),
     "groups out": (DeformConv2d, {"groups": 3}, ValueError, "out_channels must be a multiple of groups, 3, got 4"),
     "groups zero": (DeformConv2d, {"groups": 0}, ValueError, "groups must be at least 1, got 0"),
+    "bias": (DeformConv2d, {"bias": 1}, TypeError, "bias must be a bool, got 1"),
+    "freeze_weight": (DeformSampler, {"freeze_weight": "no"}, TypeError, "freeze_weight must be a bool, got 'no'"),
+    "detach_input": (DeformSampler, {"detach_input": None}, TypeError, "detach_input must be a bool, got None"),
     "even": (DeformSampler, {"kernel_size": (3, 4)}, ValueError, r'odd for padding="same", got \(3, 4\)'),
     "valid": (DeformSampler, {"padding": "valid"}, ValueError, "padding must be an int, a pair .*got 'valid'"),
     "offset_groups": (DeformSampler, {"offset_groups": 4}, ValueError, "multiple of offset_groups, 4, got 6"),
     "offset_groups zero": (DeformSampler, {"offset_groups": 0}, ValueError, "offset_groups must be at least 1, got 0"),
-    "max_offset zero": (DeformSampler, {"max_offset": 0}, ValueError, "max_offset must be finite and above 0.*got 0"),
+    "max_offset zero": (DeformSampler, {"max_offset": 0}, ValueError, "max_offset must be above 0, got 0"),
     "max_offset NaN": (DeformSampler, {"max_offset": float("nan")}, ValueError, "max_offset must be finite.*got nan"),
-    "max_offset text": (DeformSampler, {"max_offset": "2"}, TypeError, "max_offset must be a number or None, got '2'"),
+    "max_offset text": (DeformSampler, {"max_offset": "2"}, TypeError, "max_offset must be a number, got '2'"),
 }
 
 
@@ -269,7 +272,7 @@ def test_bad_arguments(case: str) -> None:
 
 
 def test_bad_input(device: torch.device) -> None:
-    with pytest.raises(ValueError, match=r"offset must be \[1, 18, 5, 7\], got \[2, 18, 5, 7\]"):
+    with pytest.raises(ValueError, match=r"offset must have shape \[1, 18, 5, 7\], got \[2, 18, 5, 7\]"):
         DeformConv2d(6, 4, 3, padding=1).to(device)(
             torch.ones(1, 6, 5, 7, device=device), torch.ones(2, 18, 5, 7, device=device)
         )
@@ -278,7 +281,7 @@ def test_bad_input(device: torch.device) -> None:
 BAD_MAPS: dict[str, tuple[Any, type[Exception], str]] = {
     "rank": (torch.ones(6, 5, 7), ValueError, r"x must have the 4 dimensions .* got shape \[6, 5, 7\]"),
     "channels": (torch.ones(2, 5, 5, 7), ValueError, r"x must have 6 channels, got shape \[2, 5, 5, 7\]"),
-    "dtype": (torch.ones(2, 6, 5, 7, dtype=torch.float64), TypeError, r"the layer's dtype torch.float32, got .*64"),
+    "dtype": (torch.ones(2, 6, 5, 7, dtype=torch.float64), TypeError, r"the layer's dtype float32, got float64"),
     "device": (torch.ones(2, 6, 5, 7, device="meta"), ValueError, r"x must be on the layer's device .*got meta"),
     "none": (None, TypeError, "x must be a torch.Tensor, got NoneType"),
     "small": (torch.ones(2, 6, 1, 7), ValueError, r"x must be as large as the kernel, got \(1, 7\) pixels"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, cast
@@ -12,6 +12,8 @@ from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+MOST_CLASSES = 2**14  # whose numbers fit 16 bits, and a list of them in 32 the shared memory of every GPU
+_LARGEST_FLOAT = sys.float_info.max
 
 
 def check_tensor(name: str, value: object, dims: str, dtypes: Sequence[torch.dtype]) -> None:
@@ -59,22 +61,41 @@ def check_two(name: str, value: Any, minimum: int) -> tuple[int, int]:
     return both, both
 
 
-def is_autocast_on(device: torch.device) -> bool:
-    kind = device.type
-    return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
+def check_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+    return value
 
 
 def check_number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"{name} must be finite, got {value}")
+    if not -_LARGEST_FLOAT <= value <= _LARGEST_FLOAT:  # an int can be larger than any float
+        raise ValueError(f"{name} must be finite as a float, got {value}")
     return cast(float, value)
+
+
+def check_positive(name: str, value: Any) -> float:
+    number = check_number(name, value)
+    if number <= 0:
+        raise ValueError(f"{name} must be above 0, got {value}")
+    return number
 
 
 def check_shape(name: str, value: Tensor, shape: Sequence[int]) -> None:
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
+
+
+def check_classes(name: str, number: int) -> None:
+    """`name` says whose number of classes it is."""
+    if not 1 <= number <= MOST_CLASSES:
+        raise ValueError(f"{name} must be from 1 to {MOST_CLASSES}, got {number}")
+
+
+def check_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name} must have {other_name}'s dtype {_short(other.dtype)}, got {_short(value.dtype)}")
 
 
 def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:

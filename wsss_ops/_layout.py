@@ -1,4 +1,4 @@
-"""Memory formats: which one a tensor is in, and what is handed to the kernels."""
+"""Memory formats and element types: which ones a tensor is in, and what is handed to the kernels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums, coordinates and statistics of numbers of `dtype` are computed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def tagged(tags: Tensor) -> Tensor:
+    """Which classes are present, dense and bool: any number but 0, NaN too. Not copied where tags are that already."""
+    return tags.to(torch.bool).contiguous()
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._backend import call
 from ._layout import empty_like_format, is_channels_last
-from ._library import register
+from ._library import no_second_derivative, register
 
 
 def resize_levels(levels: Sequence[Tensor], height: int, width: int, normalise: bool) -> Tensor:
@@ -22,14 +22,14 @@ def resize_levels(levels: Sequence[Tensor], height: int, width: int, normalise: 
     return resized
 
 
-def _empty_resized(levels: Sequence[Tensor], height: int, width: int, normalise: bool) -> Tensor:
+def _empty_resized(levels: Sequence[Tensor], height: int, width: int, *_: Any) -> Tensor:
     first = levels[0]
     shape = (first.shape[0], sum(level.shape[1] for level in levels), height, width)
     return empty_like_format(shape, first, is_channels_last(first))
 
 
 def _resize(levels: Sequence[Tensor], height: int, width: int, normalise: bool) -> Tensor:
-    resized = _empty_resized(levels, height, width, normalise)
+    resized = _empty_resized(levels, height, width)
     for level, part in zip(levels, _parts(resized, levels), strict=True):
         if part.numel() > 0:
             call("prototype_level", level.device, level, normalise, part)
@@ -41,12 +41,12 @@ def _parts(resized: Tensor, levels: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return resized.split([level.shape[1] for level in levels], 1)
 
 
-def _empty_gradients(grad: Tensor, levels: Sequence[Tensor], normalise: bool) -> list[Tensor]:
+def _empty_gradients(grad: Tensor, levels: Sequence[Tensor], *_: Any) -> list[Tensor]:
     return [empty_like_format(level.shape, level, is_channels_last(level)) for level in levels]
 
 
 def _differentiate(grad: Tensor, levels: Sequence[Tensor], normalise: bool) -> list[Tensor]:
-    gradients = _empty_gradients(grad, levels, normalise)
+    gradients = _empty_gradients(grad, levels)
     for level, part, gradient in zip(levels, _parts(grad, levels), gradients, strict=True):
         if gradient.numel() == 0:
             continue
@@ -66,15 +66,11 @@ def _levels_backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor], None, None, 
     return _resize_levels_backward(grad, list(ctx.saved_tensors), ctx.normalise), None, None, None
 
 
-def _no_second_derivative(ctx: Any, grads: Sequence[Tensor]) -> Any:
-    raise RuntimeError("prototype_cam has no second derivative: call backward without create_graph=True")
-
-
 _resize_levels_backward = register(
     "resize_levels_backward(Tensor grad, Tensor[] levels, bool normalise) -> Tensor[]",
     _differentiate,
     _empty_gradients,
-    _no_second_derivative,
+    no_second_derivative("prototype_cam"),
 )
 _resize_levels = register(
     "resize_levels(Tensor[] levels, SymInt height, SymInt width, bool normalise) -> Tensor",

@@ -35,3 +35,18 @@ def register(
     # The overload itself: calling the packet above it costs another microsecond.
     overload: torch._ops.OpOverload = getattr(torch.ops.wsss_ops, name).default
     return overload
+
+
+def no_second_derivative(function: str) -> Callable[..., Any]:
+    """The formula of an op that is itself the gradient of a function of the package."""
+
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError(f"{function} has no second derivative: call backward without create_graph=True")
+
+    return backward
+
+
+def is_autocast_on(device: torch.device) -> bool:
+    """Whether a function has to choose the dtype of its op: autocast does not see it."""
+    kind = device.type
+    return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)

@@ -1,20 +1,20 @@
 """Feature clipping of ESOL: strong responses are limited, so that weak ones get a fair share of the gradient.
 
 Li et al., Expansion and Shrinkage of Localization for Weakly-Supervised Semantic Segmentation, NeurIPS 2022 (arXiv
-2209.07761). That the maximum is an image's own and carries no gradient is our reading.
+2209.07761), section 3, the expansion stage: min(F, beta * max F) of the features F. That the maximum is an image's own
+and carries no gradient is our reading.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._backend import call
-from ._checks import FLOATS, check_tensor
-from ._layout import empty_like_format, is_channels_last
+from ._checks import FLOATS, check_positive, check_tensor
+from ._layout import empty_like_format, is_channels_last, wide_dtype
 from ._library import register
 
 _CHUNK_BYTES = 1 << 14  # what the threads of a CUDA block have in flight at once
@@ -35,14 +35,12 @@ def clip_features(x: Tensor, beta: float) -> Tensor:
         and is zero elsewhere; the limit carries none. The same in every run; x is kept for the backward pass.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if x is no tensor of these dtypes, or beta no number.
+        ValueError: if x is not 4-d, or beta not finite or not above 0.
+        RuntimeError: if x is on a GPU and the CUDA backend was not built.
     """
     check_tensor("x", x, "N, D, H, W", FLOATS)
-    if isinstance(beta, bool) or not isinstance(beta, (int, float, torch.SymFloat)):
-        raise TypeError(f"beta must be a number, got {beta!r}")
-    if not 0 < beta < math.inf:
-        raise ValueError(f"beta must be finite and above 0, got {beta}")
-    clipped: Tensor = _clip_features(x, beta)[0]
+    clipped: Tensor = _clip_features(x, check_positive("beta", beta))[0]
     return clipped
 
 
@@ -69,26 +67,25 @@ def _chunks(x: Tensor) -> int:
     return -(-x.numel() * x.element_size() // (x.shape[0] * _CHUNK_BYTES))
 
 
-def _empty_outputs(x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _empty_outputs(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _empty_flat(x), x.new_empty(x.shape[0])
 
 
 def _clip(x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    clipped, limits = _empty_outputs(x, beta)
+    clipped, limits = _empty_outputs(x)
     if x.numel() > 0:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        maxima = x.new_empty((x.shape[0], min(_chunks(x), _MOST_CHUNKS)), dtype=wide)
+        maxima = x.new_empty((x.shape[0], min(_chunks(x), _MOST_CHUNKS)), dtype=wide_dtype(x.dtype))
         source = x if _is_flat(x) else clipped.copy_(x)
         call("clip_features", x.device, source, beta, clipped, limits, maxima)
     return clipped, limits
 
 
-def _empty_gradient(grad: Tensor, x: Tensor, limits: Tensor) -> Tensor:
+def _empty_gradient(grad: Tensor, x: Tensor, *_: Any) -> Tensor:
     return _empty_flat(x)
 
 
 def _differentiate(grad: Tensor, x: Tensor, limits: Tensor) -> Tensor:
-    x_grad = _empty_flat(x)
+    x_grad = _empty_gradient(grad, x)
     if x.numel() > 0:
         source = x if _is_flat(x) else torch.empty_like(x_grad).copy_(x)
         if grad.stride()[1:] != x_grad.stride()[1:]:

@@ -7,16 +7,16 @@ Li et al., Expansion and Shrinkage of Localization for Weakly-Supervised Semanti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._backend import call, offers
-from ._checks import FLOATS, check_tensor, check_two, is_autocast_on
+from ._checks import FLOATS, check_device, check_dtype, check_shape, check_tensor, check_two
 from ._columns import Columns
-from ._layout import empty_like_format, is_channels_last
-from ._library import register
+from ._layout import empty_like_format, is_channels_last, wide_dtype
+from ._library import is_autocast_on, no_second_derivative, register
 
 
 def deform_conv2d(
@@ -61,7 +61,10 @@ def deform_conv2d(
     Memory: see `set_workspace_limit`.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if a tensor is of another dtype, or stride, padding or dilation hold no ints.
+        ValueError: if shapes do not fit each other, devices differ, the output would be empty, or stride,
+            padding or dilation are out of range (at least 1, 0 and 1).
+        RuntimeError: if input is on a GPU and the CUDA backend was not built; in a second derivative.
     """
     pairs = (check_two("stride", stride, 1), check_two("padding", padding, 0), check_two("dilation", dilation, 1))
     groups, offset_groups = _check(input, offset, weight, bias, mask, *pairs)
@@ -71,9 +74,9 @@ def deform_conv2d(
         bias = None if bias is None else bias.to(dtype)
     else:
         for name, other in (("weight", weight), ("bias", bias)):
-            if other is not None and other.dtype != input.dtype:
-                raise TypeError(f"{name} must have input's dtype {input.dtype}, got {other.dtype}")
-    wide = torch.promote_types(input.dtype, torch.float32)
+            if other is not None:
+                check_dtype(name, other, "input", input)
+    wide = wide_dtype(input.dtype)
     offset = offset.to(wide)
     mask = None if mask is None else mask.to(wide)
     settings = [number for pair in pairs for number in pair] + [groups, offset_groups]
@@ -129,23 +132,18 @@ def _check(
     size = output_size((height, width), (kernel_h, kernel_w), stride, padding, dilation)
     if min(size) < 1:
         raise ValueError(f"the output's size would be {size}: input of {(height, width)} pixels is too small")
-    if offset.shape[0] != n or tuple(offset.shape[2:]) != size:
-        raise ValueError(f"offset must be [{n}, {offset.shape[1]}, {size[0]}, {size[1]}], got {list(offset.shape)}")
+    check_shape("offset", offset, (n, offset.shape[1], *size))
     others = [("offset", offset), ("weight", weight)]
     if mask is not None:
         check_tensor("mask", mask, "N, G * kH * kW, Ho, Wo", FLOATS)
-        expected = [n, offset_groups * taps, *size]
-        if list(mask.shape) != expected:
-            raise ValueError(f"mask must be {expected}, got {list(mask.shape)}")
+        check_shape("mask", mask, (n, offset_groups * taps, *size))
         others.append(("mask", mask))
     if bias is not None:
         check_tensor("bias", bias, "Cout", FLOATS)
-        if bias.shape[0] != outputs:
-            raise ValueError(f"bias must have weight's {outputs} outputs, got {bias.shape[0]}")
+        check_shape("bias", bias, (outputs,))
         others.append(("bias", bias))
     for name, other in others:
-        if other.device != input.device:
-            raise ValueError(f"{name} must be on input's device {input.device}, got {other.device}")
+        check_device(name, other, "input", input)
     return groups, offset_groups
 
 
@@ -171,9 +169,7 @@ def _panels(weight: Tensor, columns: int, like: Tensor) -> Tensor:
     return like.new_empty(groups_taps_rows * -(-columns // 32) * 32)
 
 
-def _empty_output(
-    input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, settings: list[int]
-) -> Tensor:
+def _empty_output(input: Tensor, offset: Tensor, weight: Tensor, *_: Any) -> Tensor:
     shape = (offset.shape[0], weight.shape[0], offset.shape[2], offset.shape[3])
     return empty_like_format(shape, input, is_channels_last(input))
 
@@ -186,12 +182,21 @@ def _forward(
         n, outputs, height, width = offset.shape[0], weight.shape[0], offset.shape[2], offset.shape[3]
         rows = Columns(pixels, offset, weight, mask, settings).convolve(bias)
         return _in_format_of(input, rows.view(n, height, width, outputs).permute(0, 3, 1, 2))
-    output = _empty_output(input, offset, weight, bias, mask, settings)
-    panels = _panels(weight, weight.shape[0] // settings[6], offset)
+    output = _empty_output(input, offset, weight)
+    groups = input.shape[1] // weight.shape[1]
+    panels = _panels(weight, weight.shape[0] // groups, offset)
     wide_bias = None if bias is None else bias.to(offset.dtype).contiguous()
     where = (pixels, offset, mask, (*weight.shape[2:], *settings))
     call("deform_convolve", input.device, *where, weight, wide_bias, panels, output)
     return output
+
+
+class _Targets(NamedTuple):
+    """Memory of the gradients that are wanted, all in the wide type."""
+
+    offset: Tensor | None
+    mask: Tensor | None
+    input: Tensor | None  # [N, H, W, Cin], to be added to
 
 
 def _backward(
@@ -206,36 +211,63 @@ def _backward(
     """Gradients of those of (input, offset, weight, mask) that are wanted, in this order."""
     for_input, for_offset, for_weight, for_mask = wanted
     n, channels, height, width = input.shape
-    input_gradient = offset.new_zeros(n, height, width, channels) if for_input else None
-    offset_gradient = torch.empty_like(offset) if for_offset else None
-    mask_gradient = torch.empty_like(mask) if mask is not None and for_mask else None
-    targets = (offset_gradient, mask_gradient, input_gradient)
+    targets = _Targets(
+        offset=torch.empty_like(offset) if for_offset else None,
+        mask=torch.empty_like(mask) if mask is not None and for_mask else None,
+        input=offset.new_zeros(n, height, width, channels) if for_input else None,
+    )
+    differentiate = _differentiate_by_tiles if offers(input.device, "deform_convolve") else _differentiate_by_columns
     pixels = _dense_channels(input)
-    outputs, group_channels, kernel_h, kernel_w = weight.shape
-    if offers(input.device, "deform_convolve"):
-        rows = gradient.to(offset.dtype).contiguous(memory_format=torch.channels_last)
-        where = (pixels, offset, mask, (kernel_h, kernel_w, *settings))
-        if for_input or for_offset or for_mask:
-            panels = _panels(weight, group_channels, offset)
-            call("deform_differentiate", input.device, *where, weight, panels, rows, *targets)
-        weight_gradient = None
-        if for_weight:
-            weight_gradient = empty_like_format(weight.shape, offset, is_channels_last(weight))
-            call("deform_differentiate_weight", input.device, *where, rows, weight_gradient)
-            weight_gradient = weight_gradient.to(weight.dtype)
-    else:
-        rows = gradient.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-        rows = rows.reshape(-1, settings[6], outputs // settings[6])
-        columns = Columns(pixels, offset, weight, mask, settings)
-        if for_input or for_offset or for_mask:
-            columns.differentiate(rows, input_gradient, offset_gradient, mask_gradient)
-        weight_gradient = None
-        if for_weight:
-            taps_outside = columns.differentiate_weight(rows).reshape(outputs, kernel_h, kernel_w, group_channels)
-            weight_gradient = _in_format_of(weight, taps_outside.permute(0, 3, 1, 2))
-    by_input = None if input_gradient is None else _in_format_of(input, input_gradient.permute(0, 3, 1, 2))
-    results = (by_input, offset_gradient, weight_gradient, mask_gradient)
+    weight_gradient = differentiate(gradient, pixels, offset, weight, mask, settings, targets, for_weight)
+    by_input = None if targets.input is None else _in_format_of(input, targets.input.permute(0, 3, 1, 2))
+    results = (by_input, targets.offset, weight_gradient, targets.mask)
     return [result for result in results if result is not None]
+
+
+def _differentiate_by_tiles(
+    gradient: Tensor,
+    pixels: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    settings: list[int],
+    targets: _Targets,
+    for_weight: bool,
+) -> Tensor | None:
+    """Fills the targets, and returns the weight's gradient if it is wanted: on a CPU."""
+    rows = gradient.to(offset.dtype).contiguous(memory_format=torch.channels_last)
+    where = (pixels, offset, mask, (*weight.shape[2:], *settings))
+    if any(target is not None for target in targets):
+        panels = _panels(weight, weight.shape[1], offset)
+        call("deform_differentiate", pixels.device, *where, weight, panels, rows, *targets)
+    if not for_weight:
+        return None
+    weight_gradient = empty_like_format(weight.shape, offset, is_channels_last(weight))
+    call("deform_differentiate_weight", pixels.device, *where, rows, weight_gradient)
+    return weight_gradient.to(weight.dtype)
+
+
+def _differentiate_by_columns(
+    gradient: Tensor,
+    pixels: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    settings: list[int],
+    targets: _Targets,
+    for_weight: bool,
+) -> Tensor | None:
+    """The same on a GPU."""
+    columns = Columns(pixels, offset, weight, mask, settings)
+    rows = gradient.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+    rows = rows.reshape(-1, columns.groups, columns.outputs // columns.groups)
+    if any(target is not None for target in targets):
+        columns.differentiate(rows, targets.input, targets.offset, targets.mask)
+    if not for_weight:
+        return None
+    outputs, group_channels, kernel_h, kernel_w = weight.shape
+    taps_outside = columns.differentiate_weight(rows).reshape(outputs, kernel_h, kernel_w, group_channels)
+    return _in_format_of(weight, taps_outside.permute(0, 3, 1, 2))
 
 
 def _fake_backward(
@@ -260,16 +292,12 @@ def _fake_backward(
     return results
 
 
-def _no_second_derivative(ctx: Any, gradients: Any) -> Any:
-    raise RuntimeError("deform_conv2d has no second derivative: call backward without create_graph=True")
-
-
 _convolve_backward = register(
     "deform_conv2d_backward(Tensor gradient, Tensor input, Tensor offset, Tensor weight, Tensor? mask, int[] settings, "
     "bool[] wanted) -> Tensor[]",
     _backward,
     _fake_backward,
-    _no_second_derivative,
+    no_second_derivative("deform_conv2d"),
 )
 
 

@@ -8,19 +8,26 @@ reading.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from ._backend import call, module_for
-from ._checks import FLOATS, INTEGERS, check_device, check_number, check_pair, check_shape, check_tensor
-from ._layout import empty_like_format, is_channels_last
-from ._library import register
-
-_MOST_CLASSES = 2**14  # whose numbers fit 16 bits, and a list of them in 32 the shared memory of every GPU
+from . import _ocr
+from ._checks import (
+    FLOATS,
+    INTEGERS,
+    check_bool,
+    check_classes,
+    check_device,
+    check_number,
+    check_pair,
+    check_positive,
+    check_shape,
+    check_tensor,
+)
+from ._layout import tagged
 
 
 @overload
@@ -111,7 +118,9 @@ def ocr_loss(
     scratch of a few times the logits at their own size.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if a tensor is of another dtype, or an option of another type.
+        ValueError: if shapes or devices do not fit the logits', or an option is out of its range.
+        RuntimeError: if the logits are on a GPU and the CUDA backend was not built; in a second derivative.
     """
     height, width = _check(logits, tags, ignore, size, align_corners)
     if prior is not None:
@@ -121,11 +130,11 @@ def ocr_loss(
     if not 0 <= check_number("threshold", threshold) <= 1:
         raise ValueError(f"threshold must be from 0 to 1, got {threshold}")
     check_number("margin", margin)
-    if check_number("scale", scale) <= 0:
-        raise ValueError(f"scale must be above 0, got {scale}")
+    check_positive("scale", scale)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-    loss, count, _, _ = _ocr_loss(
+    check_bool("return_count", return_count)
+    loss, count, _, _ = _ocr.ocr_loss(
         logits, tags, prior, ignore, threshold, margin, scale, height, width, align_corners, reduction
     )
     return (loss, count) if return_count else loss
@@ -141,10 +150,11 @@ def annotation_correlation(tags: Tensor) -> Tensor:
         float32 [C, C]: at [o, c] the share of the images with class o that have class c; 0 where no image has o.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if tags is no tensor of numbers.
+        ValueError: if tags is not 2-d.
     """
     check_tensor("tags", tags, "M, C", FLOATS + INTEGERS)
-    present = (tags != 0).double()  # float32 products may be rounded to fewer bits, under autocast or as TF32
+    present = tagged(tags).double()  # float32 products may be rounded to fewer bits, under autocast or as TF32
     together = present.T @ present
     return (together / together.diagonal().clamp_min(1)[:, None]).float()
 
@@ -167,10 +177,12 @@ def out_of_candidate_rate(
         ignored, images without tags included; 0 where there are none.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if a tensor is of another dtype, or an option of another type.
+        ValueError: if shapes or devices do not fit the logits', or size is below 1.
+        RuntimeError: if the logits are on a GPU and the CUDA backend was not built.
     """
     height, width = _check(logits, tags, ignore, size, align_corners)
-    count: Tensor = _ocr_count(logits.detach(), tags, ignore, height, width, align_corners)
+    count: Tensor = _ocr.ocr_count(logits.detach(), tags, ignore, height, width, align_corners)
     if ignore is None:
         return count / max(logits.shape[0] * height * width, 1)
     return count / (~ignore).sum().clamp_min(1)
@@ -182,13 +194,11 @@ def _check(
     """The size of the loss."""
     check_tensor("logits", logits, "N, C, H, W", FLOATS)
     n, classes, height, width = logits.shape
-    if not 1 <= classes <= _MOST_CLASSES:
-        raise ValueError(f"logits must have 1 to {_MOST_CLASSES} classes, got {classes}")
+    check_classes("logits' number of classes", classes)
     check_tensor("tags", tags, "N, C", FLOATS + INTEGERS)
     check_shape("tags", tags, (n, classes))
     check_device("tags", tags, "logits", logits)
-    if not isinstance(align_corners, bool):
-        raise TypeError(f"align_corners must be a bool, got {align_corners!r}")
+    check_bool("align_corners", align_corners)
     if size is not None:
         wanted = check_pair("size", size, 1)
         if height == 0 or width == 0:
@@ -199,203 +209,3 @@ def _check(
         check_shape("ignore", ignore, (n, height, width))
         check_device("ignore", ignore, "logits", logits)
     return height, width
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _log_prior(prior: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Transposed, for then the pixels of a vector read one row each for a class."""
-    if prior is None:
-        return None
-    return torch.where(prior > 0, prior, 0).to(_wide(prior.dtype)).log().to(dtype).T.contiguous()
-
-
-def _settings(threshold: float, margin: float, scale: float) -> tuple[float, float, float]:
-    return (math.log(threshold) if threshold > 0 else -math.inf), margin, scale
-
-
-def _parts(logits: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    parts, _ = module_for(logits.device).ocr_scratch(logits.shape, height, width)
-    return logits.new_empty(parts, dtype=torch.double), logits.new_empty(parts, dtype=torch.int64)
-
-
-def _empty_outputs(
-    logits: Tensor,
-    tags: Tensor,
-    prior: Tensor | None,
-    ignore: Tensor | None,
-    threshold: float,
-    margin: float,
-    scale: float,
-    height: int,
-    width: int,
-    align_corners: bool,
-    reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, count, and for the backward winner and outside_sum of csrc/ocr/op.h."""
-    pixels = (logits.shape[0], height, width)
-    wide = _wide(logits.dtype)
-    return (
-        logits.new_empty(pixels if reduction == "none" else (), dtype=wide),
-        logits.new_empty((), dtype=torch.int64),
-        logits.new_empty(pixels, dtype=torch.int16),
-        logits.new_empty(pixels, dtype=wide),
-    )
-
-
-def _forward(
-    logits: Tensor,
-    tags: Tensor,
-    prior: Tensor | None,
-    ignore: Tensor | None,
-    threshold: float,
-    margin: float,
-    scale: float,
-    height: int,
-    width: int,
-    align_corners: bool,
-    reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = (threshold, margin, scale, height, width, align_corners, reduction)
-    loss, count, winner, outside_sum = _empty_outputs(logits, tags, prior, ignore, *options)
-    if winner.numel() == 0:
-        return loss.zero_(), count.zero_(), winner, outside_sum
-    call(
-        "ocr_forward",
-        logits.device,
-        logits,
-        (tags != 0).contiguous(),
-        _log_prior(prior, _wide(logits.dtype)),
-        None if ignore is None else ignore.contiguous(),
-        _settings(threshold, margin, scale),
-        height,
-        width,
-        align_corners,
-        reduction == "mean",
-        loss,
-        count,
-        winner,
-        outside_sum,
-        *_parts(logits, height, width),
-    )
-    return loss, count, winner, outside_sum
-
-
-def _empty_gradient(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    return empty_like_format(logits.shape, logits, is_channels_last(logits))
-
-
-def _backward(
-    grad: Tensor,
-    logits: Tensor,
-    tags: Tensor,
-    prior: Tensor | None,
-    count: Tensor,
-    winner: Tensor,
-    outside_sum: Tensor,
-    threshold: float,
-    margin: float,
-    scale: float,
-    align_corners: bool,
-    reduction: str,
-) -> Tensor:
-    gradient = _empty_gradient(grad, logits)
-    if winner.numel() == 0 or gradient.numel() == 0:
-        return gradient.zero_()
-    height, width = winner.shape[1:]
-    scratch = None
-    if (height, width) != logits.shape[2:]:
-        _, numbers = module_for(logits.device).ocr_scratch(logits.shape, height, width)
-        scratch = outside_sum.new_empty(numbers)
-    call(
-        "ocr_backward",
-        logits.device,
-        logits,
-        (tags != 0).contiguous(),
-        _log_prior(prior, outside_sum.dtype),
-        _settings(threshold, margin, scale),
-        height,
-        width,
-        align_corners,
-        reduction == "mean",
-        grad.contiguous(),
-        count,
-        winner,
-        outside_sum,
-        gradient,
-        scratch,
-    )
-    return gradient
-
-
-def _empty_count(logits: Tensor, *_: Any) -> Tensor:
-    return logits.new_empty((), dtype=torch.int64)
-
-
-def _count(logits: Tensor, tags: Tensor, ignore: Tensor | None, height: int, width: int, align_corners: bool) -> Tensor:
-    count = _empty_count(logits)
-    if logits.shape[0] * height * width == 0:
-        return count.zero_()
-    call(
-        "ocr_forward",
-        logits.device,
-        logits,
-        (tags != 0).contiguous(),
-        None,
-        None if ignore is None else ignore.contiguous(),
-        _settings(0.0, 0.0, 1.0),
-        height,
-        width,
-        align_corners,
-        False,
-        None,
-        count,
-        None,
-        None,
-        *_parts(logits, height, width),
-    )
-    return count
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, tags, prior, _, *ctx.options = inputs
-    _, *saved = output
-    ctx.mark_non_differentiable(*saved)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, tags, prior, *saved)
-
-
-def _loss_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    threshold, margin, scale, _, _, align_corners, reduction = ctx.options
-    gradient = None
-    if grad is not None:
-        gradient = _ocr_loss_backward(grad, *ctx.saved_tensors, threshold, margin, scale, align_corners, reduction)
-    return (gradient, *[None] * 10)
-
-
-def _no_second_derivative(ctx: Any, grad: Tensor) -> Any:
-    raise RuntimeError("ocr_loss has no second derivative: call backward without create_graph=True")
-
-
-_ocr_loss_backward = register(
-    "ocr_loss_backward(Tensor grad, Tensor logits, Tensor tags, Tensor? prior, Tensor count, Tensor winner, "
-    "Tensor outside_sum, float threshold, float margin, float scale, bool align_corners, str reduction) -> Tensor",
-    _backward,
-    _empty_gradient,
-    _no_second_derivative,
-)
-_ocr_loss = register(
-    "ocr_loss(Tensor logits, Tensor tags, Tensor? prior, Tensor? ignore, float threshold, float margin, float scale, "
-    "SymInt height, SymInt width, bool align_corners, str reduction) -> (Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _empty_outputs,
-    _loss_backward,
-    _save,
-)
-_ocr_count = register(
-    "ocr_count(Tensor logits, Tensor tags, Tensor? ignore, SymInt height, SymInt width, bool align_corners) -> Tensor",
-    _count,
-    _empty_count,
-)

@@ -34,7 +34,9 @@ def patch_split(x: Tensor, grid: Sequence[int], multiple: int = 1) -> Tensor:
         beyond the image is zero. The gradient is `patch_merge` of the patches' gradient, exactly.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if x is no tensor of these dtypes, or grid or multiple hold no ints.
+        ValueError: if x is not 4-d, or grid or multiple are below 1.
+        RuntimeError: if x is on a GPU and the CUDA backend was not built.
     """
     check_tensor("x", x, "N, D, H, W", FLOATS + INTEGERS)
     gh, gw = check_pair("grid", grid, 1)
@@ -57,7 +59,9 @@ def patch_merge(patches: Tensor, grid: Sequence[int], size: Sequence[int]) -> Te
         zero for pixels that were cropped off.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if patches is no tensor of these dtypes, or grid or size hold no ints.
+        ValueError: if patches is not 4-d or holds no multiple of gh * gw, grid is below 1, or size is out of its range.
+        RuntimeError: if patches is on a GPU and the CUDA backend was not built.
     """
     check_tensor("patches", patches, "N * gh * gw, D, ph, pw", FLOATS + INTEGERS)
     gh, gw = check_pair("grid", grid, 1)
@@ -91,15 +95,14 @@ def _empty_map(patches: Tensor, gh: int, gw: int, height: int, width: int) -> Te
 
 def _split(x: Tensor, gh: int, gw: int, ph: int, pw: int) -> Tensor:
     channels_last = is_channels_last(x)
-    patches = empty_like_format((x.shape[0] * gh * gw, x.shape[1], ph, pw), x, channels_last)
+    patches = _empty_patches(x, gh, gw, ph, pw)
     call("patch_split", x.device, with_dense_rows(x, channels_last), patches, gh, gw, channels_last)
     return patches
 
 
 def _merge(patches: Tensor, gh: int, gw: int, height: int, width: int) -> Tensor:
     channels_last = is_channels_last(patches)
-    shape = (patches.shape[0] // (gh * gw), patches.shape[1], height, width)
-    merged = empty_like_format(shape, patches, channels_last)
+    merged = _empty_map(patches, gh, gw, height, width)
     dense = patches.contiguous(memory_format=memory_format(channels_last))
     call("patch_merge", patches.device, dense, merged, gh, gw, channels_last)
     return merged

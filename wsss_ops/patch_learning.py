@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ._checks import FLOATS, check_int, check_pair, check_tensor
+from ._checks import FLOATS, check_bool, check_int, check_pair, check_tensor
 from .patch import patch_merge, patch_split
 
 PROBE = 1024  # pixels a side: many strides long, so that padding and rounding do not hide the stride
@@ -45,7 +45,8 @@ class PatchLearning(nn.Module):
         detach: no gradient reaches the blocks before position through the patches (the paper's explicit mode).
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if an argument is of another type.
+        ValueError: if position is not from 0 to len(blocks), or grid is below 1.
     """
 
     _split = staticmethod(patch_split)  # those of the references are others
@@ -59,16 +60,17 @@ class PatchLearning(nn.Module):
         if position > len(blocks):
             raise ValueError(f"position must be at most {len(blocks)}, the number of blocks, got {position}")
         self.grid = check_pair("grid", grid, 1)
-        if not isinstance(detach, bool):
-            raise TypeError(f"detach must be a bool, got {detach!r}")
-        self.blocks, self.detach = blocks, detach
+        self.blocks, self.detach = blocks, check_bool("detach", detach)
         self._stride: tuple[int, int] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, D, H, W] -> [N, 2 * D', H', W']: the whole map's D' channels, then the merged patches'.
 
-        Raises ValueError where a block behind position does not map patches of h x w pixels to h / stride x w / stride
-        cells: convolutions and pools with an odd kernel do that where they pad half of it.
+        Raises:
+            TypeError: if x is no tensor of float64, float32, float16 or bfloat16.
+            ValueError: if x is not 4-d, or a block behind position does not map patches of h x w pixels to
+                h / stride x w / stride cells: those with an odd kernel do where they pad half of it.
+            RuntimeError: if x is on a GPU and the CUDA backend was not built.
         """
         check_tensor("x", x, "N, D, H, W", FLOATS)
         split = self.blocks[: self.position](x)

@@ -1,9 +1,10 @@
 """Prototype CAM: how much each pixel's feature looks like the mean feature of each class's own pixels.
 
-Zhao et al., SFC: Shared Feature Calibration in Weakly Supervised Semantic Segmentation, AAAI 2024 (arXiv 2401.11719).
-Seeds, prototypes, cosine and the levels side by side are the paper's, as its published code has them; that the
-prototype is a mean (the code divides by all pixels, which the cosine does not see), nearest resizing of seeds, and what
-classes without pixels, ties and NaN mean, are our reading.
+Zhao et al., SFC: Shared Feature Calibration in Weakly Supervised Semantic Segmentation, AAAI 2024 (arXiv 2401.11719),
+the method's prototype CAM: relu(cos(F_p, P_c)), of pixel p's feature F_p and the prototype P_c, the mean feature of the
+pixels that seed class c. Seeds, prototypes, cosine and the levels side by side are the paper's, as its published code
+has them; that the prototype is a mean (the code divides by all pixels, which the cosine does not see), nearest resizing
+of seeds, and what classes without pixels, ties and NaN mean, are our reading.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ from ._backend import call
 from ._checks import (
     FLOATS,
     INTEGERS,
+    check_bool,
+    check_classes,
     check_device,
+    check_dtype,
     check_int,
     check_number,
     check_pair,
     check_shape,
     check_tensor,
 )
-from ._layout import empty_like_format, is_channels_last, memory_format
+from ._layout import empty_like_format, is_channels_last, memory_format, tagged, wide_dtype
 from ._levels import resize_levels
-from ._library import register
-
-_MOST_CLASSES = 2**14  # whose numbers fit 16 bits
+from ._library import no_second_derivative, register
 
 
 def prototype_cam(
@@ -71,7 +73,9 @@ def prototype_cam(
     Memory for the backward pass: the features (or their resized copy), and C + 1 wide numbers a pixel.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if a tensor is of another dtype, levels are of several, or an option is of another type.
+        ValueError: if shapes or devices do not fit the cam's, there is no level, or what is to be resized is empty.
+        RuntimeError: if the cam is on a GPU and the CUDA backend was not built; in a second derivative.
     """
     check_tensor("cam", cam, "N, C, H, W", FLOATS)
     if isinstance(features, Tensor) or not isinstance(features, Sequence):
@@ -85,10 +89,9 @@ def prototype_cam(
         check_tensor(name, level, "N, D, H, W", FLOATS)
         if level.shape[0] != n:
             raise ValueError(f"{name} must hold as many images as cam, {n}, got {level.shape[0]}")
-        if level.dtype != levels[0].dtype:
-            raise TypeError(f"{name} must have the dtype of features[0], {levels[0].dtype}, got {level.dtype}")
+        check_dtype(name, level, names[0], levels[0])
         check_device(name, level, "cam", cam)
-    _check_classes("cam", classes)
+    check_classes("cam's number of classes", classes)
     check_tensor("tags", tags, "N, C", FLOATS + INTEGERS)
     check_shape("tags", tags, (n, classes))
     check_device("tags", tags, "cam", cam)
@@ -101,8 +104,7 @@ def prototype_cam(
         if map.shape[2:] != (height, width) and map.shape[2] * map.shape[3] == 0:
             raise ValueError(f"{name} must have pixels to be resized, got shape {list(map.shape)}")
     check_number("background_scale", background_scale)
-    if not isinstance(detach_prototypes, bool):
-        raise TypeError(f"detach_prototypes must be a bool, got {detach_prototypes!r}")
+    check_bool("detach_prototypes", detach_prototypes)
 
     seeds = _prototype_seeds(cam.detach(), tags, valid, background_scale, height, width)
     pixels = levels[0]
@@ -125,7 +127,9 @@ def class_prototypes(features: Tensor, assignment: Tensor, num_classes: int) -> 
         gradient has the features' memory format and can be taken once, not twice. The same in every run.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if a tensor is of another dtype, or num_classes no int.
+        ValueError: if shapes do not fit each other, devices differ, or num_classes is out of its range.
+        RuntimeError: if features is on a GPU and the CUDA backend was not built; in a second derivative.
     """
     check_tensor("features", features, "N, D, H, W", FLOATS)
     check_tensor("assignment", assignment, "N, H, W", (torch.int64,))
@@ -133,15 +137,10 @@ def class_prototypes(features: Tensor, assignment: Tensor, num_classes: int) -> 
     check_shape("assignment", assignment, (n, height, width))
     check_device("assignment", assignment, "features", features)
     classes = check_int("num_classes", num_classes, 1)
-    _check_classes("num_classes", classes)
+    check_classes("num_classes", classes)
     seeds = torch.where((assignment >= 0) & (assignment < classes), assignment, -1).to(torch.int16)
     prototypes: Tensor = _class_prototypes(features, seeds, classes)[0]
     return prototypes.to(features.dtype)
-
-
-def _check_classes(name: str, classes: int) -> None:
-    if not 1 <= classes <= _MOST_CLASSES:
-        raise ValueError(f"{name} must have 1 to {_MOST_CLASSES} classes, got {classes}")
 
 
 def _dense(features: Tensor) -> tuple[Tensor, bool]:
@@ -151,10 +150,6 @@ def _dense(features: Tensor) -> tuple[Tensor, bool]:
     if features.shape[0] == 0 or image.is_contiguous(memory_format=memory_format(channels_last)):
         return features, channels_last
     return features.contiguous(memory_format=memory_format(channels_last)), channels_last
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _empty_seeds(
@@ -169,14 +164,14 @@ def _find_seeds(
     seeds = _empty_seeds(cam, tags, valid, background_scale, height, width)
     if seeds.numel() > 0:
         mask = None if valid is None else valid.contiguous()
-        call("prototype_seeds", cam.device, cam, tags.to(torch.bool).contiguous(), mask, background_scale, seeds)
+        call("prototype_seeds", cam.device, cam, tagged(tags), mask, background_scale, seeds)
     return seeds
 
 
 def _empty_prototypes(features: Tensor, seeds: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """And their counts."""
     n, d = features.shape[:2]
-    prototypes = features.new_empty((n, classes, d), dtype=_wide(features.dtype))
+    prototypes = features.new_empty((n, classes, d), dtype=wide_dtype(features.dtype))
     return prototypes, features.new_empty((n, classes), dtype=torch.int32)
 
 
@@ -217,10 +212,10 @@ def _average_backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None, No
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _empty_outputs(features: Tensor, seeds: Tensor, classes: int, detach_prototypes: bool) -> Outputs:
+def _empty_outputs(features: Tensor, seeds: Tensor, classes: int, *_: Any) -> Outputs:
     """Cosines, and for the backward what csrc/prototype/op.h calls counts, prototypes, prototype_lengths, lengths."""
     n, height, width = seeds.shape
-    wide = _wide(features.dtype)
+    wide = wide_dtype(features.dtype)
     cosines = features.new_empty((n, classes, height, width), dtype=wide)
     prototypes, counts = _empty_prototypes(features, seeds, classes)
     prototype_lengths = features.new_empty((n, classes), dtype=wide)
@@ -228,7 +223,7 @@ def _empty_outputs(features: Tensor, seeds: Tensor, classes: int, detach_prototy
 
 
 def _compare(features: Tensor, seeds: Tensor, classes: int, detach_prototypes: bool) -> Outputs:
-    outputs = _empty_outputs(features, seeds, classes, detach_prototypes)
+    outputs = _empty_outputs(features, seeds, classes)
     if features.numel() > 0:
         call("prototype_forward", features.device, *_dense(features), seeds, *outputs[1:], outputs[0])
         return outputs
@@ -278,13 +273,6 @@ def _compare_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor |
     return gradient, None, None, None
 
 
-def _no_second_derivative(name: str) -> Any:
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        raise RuntimeError(f"{name} has no second derivative: call backward without create_graph=True")
-
-    return backward
-
-
 _prototype_seeds = register(
     "prototype_seeds(Tensor cam, Tensor tags, Tensor? valid, float background_scale, SymInt height, SymInt width) "
     "-> Tensor",
@@ -296,7 +284,7 @@ _class_prototypes_backward = register(
     "-> Tensor",
     _spread,
     _empty_spread,
-    _no_second_derivative("class_prototypes"),
+    no_second_derivative("class_prototypes"),
 )
 _class_prototypes = register(
     "class_prototypes(Tensor features, Tensor seeds, SymInt classes) -> (Tensor, Tensor)",
@@ -310,7 +298,7 @@ _prototype_cam_backward = register(
     "Tensor prototypes, Tensor prototype_lengths, Tensor lengths, bool detach_prototypes) -> Tensor",
     _differentiate,
     _empty_gradient,
-    _no_second_derivative("prototype_cam"),
+    no_second_derivative("prototype_cam"),
 )
 _prototype_cam = register(
     "prototype_cam(Tensor features, Tensor seeds, SymInt classes, bool detach_prototypes) "

@@ -12,7 +12,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ._checks import FLOATS, check_int, check_tensor, check_two, is_autocast_on
+from ._checks import (
+    FLOATS,
+    check_bool,
+    check_device,
+    check_dtype,
+    check_int,
+    check_positive,
+    check_tensor,
+    check_two,
+)
+from ._layout import wide_dtype
+from ._library import is_autocast_on
 from .deform import deform_conv2d, output_size
 
 
@@ -41,6 +52,7 @@ class _Sampling(nn.Module):
         self.padding = check_two("padding", padding, 0)
         self.dilation = check_two("dilation", dilation, 1)
         self.groups = check_int("groups", groups, 1)
+        check_bool("bias", bias)
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
             if channels % groups != 0:
                 raise ValueError(f"{name} must be a multiple of groups, {groups}, got {channels}")
@@ -73,7 +85,8 @@ class DeformConv2d(_Sampling):
     Parameters: `weight` [out_channels, in_channels / groups, kH, kW] and `bias` [out_channels].
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if an argument is of another type.
+        ValueError: if channels are no multiples of groups, padding is negative, or another size below 1.
     """
 
     def __init__(
@@ -91,7 +104,7 @@ class DeformConv2d(_Sampling):
         self.reset_parameters()
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`deform_conv2d` of input [N, in_channels, H, W] with this layer's weight and bias."""
+        """`deform_conv2d` of input [N, in_channels, H, W] with this layer's weight and bias; raises as that does."""
         return self._convolve(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
 
 
@@ -115,7 +128,9 @@ class DeformSampler(_Sampling):
         detach_input: no gradient reaches the input, neither through the sampling nor through the branch.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if an argument is of another type.
+        ValueError: if channels are no multiples of their groups, padding is negative, "same" for an even kernel or
+            another text, max_offset is not finite or not above 0, or another size is below 1.
     """
 
     def __init__(
@@ -139,14 +154,9 @@ class DeformSampler(_Sampling):
         self.offset_groups = check_int("offset_groups", offset_groups, 1)
         if in_channels % offset_groups != 0:
             raise ValueError(f"in_channels must be a multiple of offset_groups, {offset_groups}, got {in_channels}")
-        if max_offset is not None:
-            if isinstance(max_offset, bool) or not isinstance(max_offset, (int, float)):
-                raise TypeError(f"max_offset must be a number or None, got {max_offset!r}")
-            if not 0 < max_offset < math.inf:
-                raise ValueError(f"max_offset must be finite and above 0, or None, got {max_offset}")
-        self.max_offset = max_offset
-        self.freeze_weight = freeze_weight
-        self.detach_input = detach_input
+        self.max_offset = None if max_offset is None else check_positive("max_offset", max_offset)
+        self.freeze_weight = check_bool("freeze_weight", freeze_weight)
+        self.detach_input = check_bool("detach_input", detach_input)
         self.offset_branch = nn.Conv2d(
             in_channels,
             2 * offset_groups * self.kernel_size[0] * self.kernel_size[1],
@@ -171,14 +181,23 @@ class DeformSampler(_Sampling):
         """Where the taps go, for x [N, in_channels, H, W]: the bounded offsets in pixels, float32 or wider.
 
         [N, 2 * offset_groups * K, Ho, Wo], channel 2 * (g * K + k) the y, the next one the x displacement of tap k.
+
+        Raises:
+            TypeError: if x is no tensor of the layer's dtype (under autocast of float64, float32, float16 or bfloat16).
+            ValueError: if x is not 4-d with in_channels channels, on another device, or smaller than the kernel.
         """
         self._check(x)
         raw = self.offset_branch(x.detach() if self.detach_input else x)
-        offset: Tensor = raw.to(torch.promote_types(raw.dtype, torch.float32))
+        offset: Tensor = raw.to(wide_dtype(raw.dtype))
         return offset if self.max_offset is None else self.max_offset * torch.tanh(offset / self.max_offset)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, in_channels, H, W] -> [N, out_channels, Ho, Wo], sampled at `offsets(x)`."""
+        """x [N, in_channels, H, W] -> [N, out_channels, Ho, Wo], sampled at `offsets(x)`.
+
+        Raises:
+            TypeError, ValueError: as `offsets`.
+            RuntimeError: if x is on a GPU and the CUDA backend was not built; in a second derivative.
+        """
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         if self.freeze_weight:
@@ -191,10 +210,9 @@ class DeformSampler(_Sampling):
         check_tensor("x", x, "N, in_channels, H, W", FLOATS)
         if x.shape[1] != self.in_channels:
             raise ValueError(f"x must have {self.in_channels} channels, got shape {list(x.shape)}")
-        if x.device != self.weight.device:
-            raise ValueError(f"x must be on the layer's device {self.weight.device}, got {x.device}")
-        if x.dtype != self.weight.dtype and not is_autocast_on(x.device):
-            raise TypeError(f"x must have the layer's dtype {self.weight.dtype}, got {x.dtype}")
+        check_device("x", x, "the layer", self.weight)
+        if not is_autocast_on(x.device):
+            check_dtype("x", x, "the layer", self.weight)
         size = output_size(x.shape[2:], self.kernel_size, self.stride, self.padding, self.dilation)
         if min(size) < 1:
             raise ValueError(f"x must be as large as the kernel, got {tuple(x.shape[2:])} pixels")

@@ -1,8 +1,9 @@
 """The losses of SFC and what they need: consistency between classifier and prototype CAM, weighted by class.
 
-Zhao et al., SFC: Shared Feature Calibration in Weakly Supervised Semantic Segmentation, AAAI 2024 (arXiv 2401.11719).
-The multi-scaled distribution-weighted consistency loss and its coefficients are the paper's; weights, the eps and where
-gradient passes are its published code's. What empty batches and equal counts mean is our reading.
+Zhao et al., SFC: Shared Feature Calibration in Weakly Supervised Semantic Segmentation, AAAI 2024 (arXiv 2401.11719),
+the method's Multi-Scaled Distribution-Weighted (MSDW) consistency loss, whose equations `msdw_loss` and
+`distribution_coefficients` state. The loss and its coefficients are the paper's; weights, the eps and where gradient
+passes are its published code's. What empty batches and equal counts mean is our reading.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from ._backend import call
 from ._checks import FLOATS, INTEGERS, check_device, check_number, check_shape, check_tensor
-from ._layout import empty_like_format, is_channels_last
-from ._library import register
+from ._layout import empty_like_format, is_channels_last, tagged, wide_dtype
+from ._library import no_second_derivative, register
 
 
 def normalize_cam(cam: Tensor) -> Tensor:
@@ -30,12 +31,13 @@ def normalize_cam(cam: Tensor) -> Tensor:
         [N, C, H, W] in the dtype of cam, computed in float32 or wider. Equal maxima share the gradient evenly.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if cam is no tensor of these dtypes.
+        ValueError: if cam is not 4-d.
     """
     check_tensor("cam", cam, "N, C, H, W", FLOATS)
     if cam.numel() == 0:
         return cam.clone()
-    positive = cam.to(_wide(cam.dtype)).relu()
+    positive = cam.to(wide_dtype(cam.dtype)).relu()
     return (positive / (positive.amax((2, 3), keepdim=True) + 1e-5)).to(cam.dtype)
 
 
@@ -72,7 +74,9 @@ def msdw_loss(
         twice. The same in every run.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if a tensor is of another dtype, or a weight no number.
+        ValueError: if shapes or devices do not fit cam_w's, cam_w_small has no pixels, or a weight is not finite.
+        RuntimeError: if the cams are on a GPU and the CUDA backend was not built; in a second derivative.
     """
     check_tensor("cam_w", cam_w, "N, C, H, W", FLOATS)
     check_tensor("cam_p", cam_p, "N, C, H, W", FLOATS)
@@ -116,7 +120,9 @@ def distribution_coefficients(class_counts: Tensor | Sequence[float], resampled_
         float32 [C - 1] on the device of the counts, of mean 1; all 1 where all counts are equal.
 
     Raises:
-        TypeError, ValueError: naming the argument and what was got.
+        TypeError: if the counts or resampled_per_class are no numbers.
+        ValueError: if there is no count, one is not finite, negative, or 0 where resampled_per_class is 0, or
+            resampled_per_class is negative.
     """
     if isinstance(class_counts, Sequence) and not isinstance(class_counts, str):
         class_counts = torch.tensor([check_number("class_counts", n) for n in class_counts], dtype=torch.float64)
@@ -137,10 +143,6 @@ def distribution_coefficients(class_counts: Tensor | Sequence[float], resampled_
     return (apart / apart.mean()).float()
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _settings(cam_w: Tensor, cam_w_small: Tensor, prototype_weight: float, scale_weight: float) -> tuple[float, float]:
     """The weights divided by how many pixels each mean is over."""
     n, classes, height, width = cam_w_small.shape
@@ -149,20 +151,12 @@ def _settings(cam_w: Tensor, cam_w_small: Tensor, prototype_weight: float, scale
 
 
 def _factors(coefficients: Tensor, dtype: torch.dtype) -> Tensor:
-    return F.pad(coefficients.to(_wide(dtype)), (1, 0), value=1)
+    return F.pad(coefficients.to(wide_dtype(dtype)), (1, 0), value=1)
 
 
-def _empty_outputs(
-    cam_w: Tensor,
-    cam_p: Tensor,
-    cam_w_small: Tensor,
-    tags: Tensor,
-    coefficients: Tensor,
-    prototype_weight: float,
-    scale_weight: float,
-) -> tuple[Tensor, Tensor]:
+def _empty_outputs(cam_w: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     """The loss, and for the backward the maximum of each of cam_p's maps."""
-    wide = _wide(cam_w.dtype)
+    wide = wide_dtype(cam_w.dtype)
     return cam_w.new_empty((), dtype=wide), cam_w.new_empty(cam_w.shape[:2], dtype=wide)
 
 
@@ -175,8 +169,7 @@ def _forward(
     prototype_weight: float,
     scale_weight: float,
 ) -> tuple[Tensor, Tensor]:
-    weights = prototype_weight, scale_weight
-    loss, maxima = _empty_outputs(cam_w, cam_p, cam_w_small, tags, coefficients, *weights)
+    loss, maxima = _empty_outputs(cam_w)
     if cam_w.numel() == 0:
         return loss.zero_(), maxima.zero_()
     parts = maxima.new_empty(maxima.shape, dtype=torch.float64)
@@ -184,9 +177,9 @@ def _forward(
         "msdw_forward",
         cam_w.device,
         (cam_w, cam_p, cam_w_small),
-        (tags != 0).contiguous(),
+        tagged(tags),
         _factors(coefficients, cam_w.dtype),
-        _settings(cam_w, cam_w_small, *weights),
+        _settings(cam_w, cam_w_small, prototype_weight, scale_weight),
         maxima,
         parts,
     )
@@ -216,7 +209,7 @@ def _backward(
         cam_w.device,
         grad,
         (cam_w, cam_p, cam_w_small),
-        (tags != 0).contiguous(),
+        tagged(tags),
         _factors(coefficients, cam_w.dtype),
         _settings(cam_w, cam_w_small, prototype_weight, scale_weight),
         maxima,
@@ -236,16 +229,12 @@ def _loss_backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]
     return (*gradients, None, None, None, None)
 
 
-def _no_second_derivative(ctx: Any, grads: Sequence[Tensor]) -> Any:
-    raise RuntimeError("msdw_loss has no second derivative: call backward without create_graph=True")
-
-
 _msdw_loss_backward = register(
     "msdw_loss_backward(Tensor grad, Tensor cam_w, Tensor cam_p, Tensor cam_w_small, Tensor tags, Tensor coefficients, "
     "Tensor maxima, float prototype_weight, float scale_weight) -> Tensor[]",
     _backward,
     _empty_gradients,
-    _no_second_derivative,
+    no_second_derivative("msdw_loss"),
 )
 _msdw_loss = register(
     "msdw_loss(Tensor cam_w, Tensor cam_p, Tensor cam_w_small, Tensor tags, Tensor coefficients, "

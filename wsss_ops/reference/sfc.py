@@ -9,14 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def normalize_cam(cam: Tensor) -> Tensor:
-    """As wsss_ops.normalize_cam."""
-    if cam.numel() == 0:
-        return cam.clone()
-    positive = cam.to(torch.promote_types(cam.dtype, torch.float32)).relu()
-    return (positive / (positive.amax((2, 3), keepdim=True) + 1e-5)).to(cam.dtype)
-
-
 def msdw_loss(
     cam_w: Tensor,
     cam_p: Tensor,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wsss_ops import normalize_cam
 from wsss_ops.training.backbones import Backbone
 from wsss_ops.training.batches import Batch
 from wsss_ops.training.cam import CAM, CamSystem, SettingsAfterCam, StagedCamNetwork
@@ -185,6 +186,4 @@ class EsolSystem(CamSystem):
 
 def area_loss(cam: Tensor, tags: Tensor) -> Tensor:
     """The mean over classes present of the mean activation of their normalised maps: cam [N, C, h, w], tags [N, C]."""
-    positive = cam.relu()
-    normalised = positive / (positive.amax((2, 3), keepdim=True) + 1e-5)
-    return (normalised.mean((2, 3)) * tags).sum() / tags.sum().clamp_min(1)
+    return (normalize_cam(cam).mean((2, 3)) * tags).sum() / tags.sum().clamp_min(1)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wsss_ops import ImageBank
 from wsss_ops.training.backbones import Backbone
 from wsss_ops.training.batches import Batch
 from wsss_ops.training.cam import CAM, CamSystem, SettingsAfterCam, StagedCamNetwork
 from wsss_ops.training.data import Dataset
-from wsss_ops.training.image_bank import ImageBank
 from wsss_ops.training.processes import Processes
 from wsss_ops.training.settings import Settings, option
 from wsss_ops.training.system import Stage

@@ -97,7 +97,7 @@ def test_bad_input() -> None:
         bank.update(images[..., :4], tags, valid[..., :4])
     with pytest.raises(ValueError, match=r"images must have shape \[1, 3, 4, 5\], got \[1, 2, 4, 5\]"):
         bank.update(images[:, :2], tags, valid)
-    with pytest.raises(TypeError, match=r"dtype of those before, torch.float32, got torch.float16"):
+    with pytest.raises(TypeError, match=r"images must have the bank's dtype float32, got float16"):
         bank.update(images.half(), tags, valid)
     with pytest.raises(ValueError, match=r"k must be at least 1, got 0"):
         bank.sample(0)

@@ -1,8 +1,8 @@
 """The last image seen of each class, so that rare classes can join every batch of SFC.
 
-Zhao et al., SFC: Shared Feature Calibration in Weakly Supervised Semantic Segmentation, AAAI 2024 (arXiv 2401.11719).
-That only classes seen so far are drawn, and none twice as long as there are enough, is our reading: the published code
-draws among all slots, empty ones included, with replacement.
+Zhao et al., SFC: Shared Feature Calibration in Weakly Supervised Semantic Segmentation, AAAI 2024 (arXiv 2401.11719),
+the method's Image Bank Re-sampling. That only classes seen so far are drawn, and none twice as long as there are
+enough, is our reading: the published code draws among all slots, empty ones included, with replacement.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import FLOATS, INTEGERS, check_device, check_int, check_shape, check_tensor
+from ._checks import FLOATS, INTEGERS, check_device, check_dtype, check_int, check_shape, check_tensor
+from ._layout import tagged
 
 
 class Stored(NamedTuple):
@@ -31,6 +32,10 @@ class ImageBank(nn.Module):
 
     Args:
         num_classes: how many foreground classes there are.
+
+    Raises:
+        TypeError: if num_classes is no int.
+        ValueError: if num_classes is below 1.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -51,7 +56,8 @@ class ImageBank(nn.Module):
             valid: bool [N, H, W], false on the padding of a crop.
 
         Raises:
-            TypeError, ValueError: naming the argument and what was got.
+            TypeError: if a tensor is of another dtype, or images not of that of the images before.
+            ValueError: if shapes do not fit each other or the images before, or devices differ.
         """
         check_tensor("images", images, "N, 3, H, W", FLOATS + INTEGERS)
         check_tensor("tags", tags, "N, num_classes", FLOATS + INTEGERS)
@@ -67,9 +73,8 @@ class ImageBank(nn.Module):
                 raise ValueError(
                     f"images must be of the size of those before, {list(before.shape)}, got {list(images.shape)}"
                 )
-            if images.dtype != before.dtype:
-                raise TypeError(f"images must have the dtype of those before, {before.dtype}, got {images.dtype}")
-        last = {c: i for i, c in (tags.cpu() != 0).nonzero().tolist()}
+            check_dtype("images", images, "the bank", before)
+        last = {c: i for i, c in tagged(tags).nonzero().tolist()}
         kept = {
             i: Stored(*(part[i].detach().to("cpu", copy=True) for part in (images, tags, valid)))
             for i in set(last.values())
@@ -84,7 +89,8 @@ class ImageBank(nn.Module):
             generator: of a CPU; None for PyTorch's own.
 
         Raises:
-            TypeError, ValueError: naming the argument and what was got; ValueError where no class has been seen.
+            TypeError: if k is no int, or generator no torch.Generator.
+            ValueError: if k is below 1, or no class has been seen.
         """
         check_int("k", k, 1)
         if generator is not None and not isinstance(generator, torch.Generator):
@@ -107,6 +113,7 @@ class ImageBank(nn.Module):
         return {"num_classes": self.num_classes, "images": [tuple(slot) for slot in kept], "slots": slots}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Takes over what `get_extra_state` gave; ValueError if that bank had another number of classes."""
         if state["num_classes"] != self.num_classes:
             raise ValueError(
                 f"num_classes of the state must be {self.num_classes}, as this bank's, got {state['num_classes']}"
