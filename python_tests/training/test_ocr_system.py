@@ -296,9 +296,9 @@ def test_a_run_killed_twice_ends_as_an_unbroken_one(voc, cams, tmp_path):
     ("settings", "message"),
     [
         ({"cams": None}, "cams must name a finished run of a CAM system, got none"),
-        ({"cam_threshold": 1.5}, "cam_threshold must be from 0 to 1, got 1.5"),
-        ({"ocr_weight": -1.0}, "ocr_weight must not be negative, got -1.0"),
-        ({"ocr_threshold": 2.0}, "ocr_threshold must be from 0 to 1, got 2.0"),
+        ({"cam_threshold": 1.5}, "cam_threshold must be at most 1, got 1.5"),
+        ({"ocr_weight": -1.0}, "ocr_weight must be at least 0, got -1.0"),
+        ({"ocr_threshold": 2.0}, "ocr_threshold must be at most 1, got 2.0"),
         ({"ocr_scale": 0.0}, "ocr_scale must be above 0, got 0.0"),
     ],
 )

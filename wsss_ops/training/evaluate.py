@@ -9,7 +9,6 @@ from wsss_ops.training import checkpoints
 from wsss_ops.training.data import open_dataset
 from wsss_ops.training.processes import join_processes
 from wsss_ops.training.report import can_draw_curves, evaluate_and_report
-from wsss_ops.training.settings import check_scales
 from wsss_ops.training.system import Segmenter, System
 from wsss_ops.training.train import SYSTEMS, load_ops
 
@@ -43,8 +42,8 @@ def main(args: argparse.Namespace) -> int:
             raise ValueError(f"{args.out} is the folder of a training run, whose figures stay; choose another --out")
         with join_processes(args.device) as processes:
             system, classes = load_system(args.checkpoint, args.ops)
-            scales = tuple(args.scales or system.settings.scales)
-            check_scales(scales)
+            if args.scales is not None:
+                system.settings = dataclasses.replace(system.settings, scales=tuple(args.scales))
             if args.baseline is not None:
                 if not isinstance(system, Segmenter):
                     raise ValueError(f"--baseline is for runs of ocr, {args.checkpoint} is none")
@@ -56,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
                 raise ValueError(f"the model knows the classes {', '.join(classes)}; {path} has others")
             system.network.to(processes.device)
             evaluate_and_report(
-                system, data["dev"], data["val"], scales, processes, args.out, panels=args.panels,
+                system, data["dev"], data["val"], system.settings.scales, processes, args.out, panels=args.panels,
                 curve=can_draw_curves(processes), details={"checkpoint": str(args.checkpoint)},
             )  # fmt: skip
     except ValueError as error:

@@ -32,35 +32,35 @@ class OcrSettings(Settings):
         "this system, whose pseudo-labels are used again",
     )  # fmt: skip
     cam_threshold: float | None = option(
-        float, None, "background threshold of the pseudo-labels; default: that of the CAM run's evaluation"
+        float,
+        None,
+        "background threshold of the pseudo-labels; default: that of the CAM run's evaluation",
+        at_least=0,
+        at_most=1,
     )
-    ocr_weight: float = option(float, 0.1, "weight of the OCR loss beside cross-entropy (the paper's lambda); 0: none")
+    ocr_weight: float = option(
+        float, 0.1, "weight of the OCR loss beside cross-entropy (the paper's lambda); 0: none", at_least=0
+    )
     ocr_threshold: float = option(
         float, 0.0, "a candidate is ranked above the other classes if its correlation with the predicted class is at "
-        "least this share of the largest; 0: all candidates",
+        "least this share of the largest; 0: all candidates", at_least=0, at_most=1,
     )  # fmt: skip
     ocr_margin: float = option(float, 0.0, "by how much candidates are to exceed the other classes' logits")
-    ocr_scale: float = option(float, 1.0, "what logits are multiplied by in the ranking")
+    ocr_scale: float = option(float, 1.0, "what logits are multiplied by in the ranking", above=0)
     prior: str = option(
         str, "tags", "correlation of classes: that of the training labels, or none", choices=("tags", "none")
     )
     baseline: str | None = option(
         str, None, "finished run of this system, for example without OCR, to compare figures and pictures with"
     )
-    scales: tuple[float, ...] = option(float, (1.0,), "image scales of inference, each with its flip", nargs="+")
+    scales: tuple[float, ...] = option(
+        float, (1.0,), "image scales of inference, each with its flip", nargs="+", above=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cams is None:
             raise ValueError("cams must name a finished run of a CAM system, got none")
-        if self.cam_threshold is not None and not 0 <= self.cam_threshold <= 1:
-            raise ValueError(f"cam_threshold must be from 0 to 1, got {self.cam_threshold}")
-        if self.ocr_weight < 0:
-            raise ValueError(f"ocr_weight must not be negative, got {self.ocr_weight}")
-        if not 0 <= self.ocr_threshold <= 1:
-            raise ValueError(f"ocr_threshold must be from 0 to 1, got {self.ocr_threshold}")
-        if self.ocr_scale <= 0:
-            raise ValueError(f"ocr_scale must be above 0, got {self.ocr_scale}")
 
 
 class SegmentationNetwork(nn.Module):

@@ -29,24 +29,28 @@ AFFINITY_CHANNELS = 192
 class SfcSettings(SettingsAfterCam):
     """Settings of SFC: those of the CAM stage, and of the calibration."""
 
-    sfc_epochs: int = option(int, 1, "passes over the training images in the stage sfc")
-    sfc_rate: float = option(float, 0.3, "learning rates in the stage sfc, as multiples of --lr and --backbone-lr")
-    bank: int = option(
-        int, 4, "images of the bank, of classes drawn alike, that join each batch; model files hold them; 0: none"
+    sfc_epochs: int = option(int, 1, "passes over the training images in the stage sfc", above=0)
+    sfc_rate: float = option(
+        float, 0.3, "learning rates in the stage sfc, as multiples of --lr and --backbone-lr", above=0
     )
-    prototype_weight: float = option(float, 1.6, "weight of the loss between classifier CAM and prototype CAM")
-    scale_weight: float = option(float, 0.8, "weight of the loss between the classifier CAMs of two image sizes")
-    background_scale: float = option(float, 0.3, "what the background is multiplied by before seeds are taken")
-    prototype_share: float = option(float, 0.15, "weight of the prototype CAM beside the refined one in inference")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("sfc_epochs", "sfc_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("bank", "prototype_weight", "scale_weight", "background_scale", "prototype_share"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+    bank: int = option(
+        int,
+        4,
+        "images of the bank, of classes drawn alike, that join each batch; model files hold them; 0: none",
+        at_least=0,
+    )
+    prototype_weight: float = option(
+        float, 1.6, "weight of the loss between classifier CAM and prototype CAM", at_least=0
+    )
+    scale_weight: float = option(
+        float, 0.8, "weight of the loss between the classifier CAMs of two image sizes", at_least=0
+    )
+    background_scale: float = option(
+        float, 0.3, "what the background is multiplied by before seeds are taken", at_least=0
+    )
+    prototype_share: float = option(
+        float, 0.15, "weight of the prototype CAM beside the refined one in inference", at_least=0
+    )
 
 
 class Maps(NamedTuple):
