@@ -26,6 +26,7 @@ class SettingsAfterCam(Settings):
         str,
         None,
         "finished cam run, or its model.pt, to take the stage cam from, instead of training it for --epochs",
+        path=True,
     )
 
 

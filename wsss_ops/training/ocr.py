@@ -29,7 +29,7 @@ class OcrSettings(Settings):
 
     cams: str | None = option(
         str, None, "finished run of a CAM system, whose CAMs of the training images become pseudo-labels; or a run of "
-        "this system, whose pseudo-labels are used again",
+        "this system, whose pseudo-labels are used again", path=True,
     )  # fmt: skip
     cam_threshold: float | None = option(
         float,
@@ -51,8 +51,9 @@ class OcrSettings(Settings):
         str, "tags", "correlation of classes: that of the training labels, or none", choices=("tags", "none")
     )
     baseline: str | None = option(
-        str, None, "finished run of this system, for example without OCR, to compare figures and pictures with"
-    )
+        str, None, "finished run of this system, for example without OCR, to compare figures and pictures with",
+        recorded="never",
+    )  # fmt: skip
     scales: tuple[float, ...] = option(
         float, (1.0,), "image scales of inference, each with its flip", nargs="+", above=0
     )

@@ -6,7 +6,8 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from wsss_ops.training.backbones import BACKBONES
 
@@ -14,10 +15,17 @@ from wsss_ops.training.backbones import BACKBONES
 def option(
     kind: Callable[[str], Any], default: Any, help: str, *, choices: tuple[Any, ...] | None = None,
     nargs: str | None = None, above: float | None = None, at_least: float | None = None, at_most: float | None = None,
+    path: bool = False, recorded: Literal["always", "changed", "never"] = "always",
 ) -> Any:  # fmt: skip
-    """A dataclass field that is also a command-line option: what argparse needs to know of it, and its range."""
+    """A dataclass field that is also a command-line option.
+
+    kind, default, help, choices and nargs are what argparse takes; above, at_least and at_most the range. path: it
+    names a file or folder. recorded: whether it is part of a run's record; "changed": only where it is not the default,
+    so that runs from before the setting are recognised.
+    """
     bounds = {"above": above, "at least": at_least, "at most": at_most}
-    metadata = {"type": kind, "help": help, "choices": choices, "nargs": nargs, "bounds": bounds}
+    metadata = {"type": kind, "help": help, "choices": choices, "nargs": nargs, "bounds": bounds, "path": path,
+                "recorded": recorded}  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -28,10 +36,10 @@ class Settings:
     A field that is given as None takes the default of the backbone.
     """
 
-    data: str | None = option(str, None, "VOC-layout folder or zip; default: the generated scenes")
+    data: str | None = option(str, None, "VOC-layout folder or zip; default: the generated scenes", path=True)
     imbalance: float = option(
         float, 1.0, "thin the training images to a long tail: how many times as many of the most frequent class as of "
-        "the rarest; 1: all as they are", at_least=1,
+        "the rarest; 1: all as they are", at_least=1, recorded="changed",
     )  # fmt: skip
     seed: int = option(int, 0, "seed of weights, data order and augmentation", at_least=0)
     backbone: str = option(str, None, "default: efficientnet_lite0, for generated scenes tiny", choices=BACKBONES)
@@ -46,7 +54,7 @@ class Settings:
     weight_decay: float = option(float, 1e-4, "weight decay", at_least=0)
     precision: str = option(
         str, "auto", "arithmetic of training and inference; auto: bfloat16 on GPUs that have it, else float32",
-        choices=("auto", "float32", "bfloat16"),
+        choices=("auto", "float32", "bfloat16"), recorded="changed",
     )  # fmt: skip
     scales: tuple[float, ...] = option(
         float, None, "image scales of CAM inference, each with its flip", nargs="+", above=0
@@ -62,6 +70,15 @@ class Settings:
             _check(field, getattr(self, field.name))
         if self.size < self.output_stride:
             raise ValueError(f"size must be at least output_stride, {self.output_stride}, got {self.size}")
+
+    def record(self) -> dict[str, Any]:
+        """What the run folder keeps of the settings, by name; paths are absolute."""
+        kept: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value, recorded = getattr(self, field.name), field.metadata["recorded"]
+            if recorded == "always" or (recorded == "changed" and value != field.default):
+                kept[field.name] = str(Path(value).resolve()) if value and field.metadata["path"] else value
+        return kept
 
 
 _HOLDS: dict[str, Callable[[float, float], bool]] = {

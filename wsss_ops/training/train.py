@@ -90,16 +90,11 @@ def run(
     data = {split: open_dataset(settings.data, split, check=check) for split in ("train", "dev", "val")}
     if settings.imbalance > 1:
         data["train"] = LongTailed(data["train"], settings.imbalance)
-    record = dataclasses.asdict(settings) | {
+    record = settings.record() | {
         "system": name,
         "ops": "reference" if ops == "reference" else "fused",
-        **{name: str(Path(path).resolve()) for name, path in _paths(settings) if path},
         "training_images": fingerprint(data["train"]),
     }
-    record.pop("baseline", None)  # decides no figure of this run
-    for option, default in (("imbalance", 1), ("precision", "auto")):
-        if record[option] == default:
-            del record[option]  # so that runs from before these settings are recognised
     checkpoints.check_claim(out, record)
     if (out / checkpoints.METRICS).exists():
         result = checkpoints.read_json(out / checkpoints.METRICS)
@@ -174,10 +169,6 @@ def _evaluate_stages(
         system, data["dev"], data["val"], system.settings.scales, processes, out, panels=panels, curve=curve,
         details=details, earlier=found,
     )  # fmt: skip
-
-
-def _paths(settings: Settings) -> list[tuple[str, str | None]]:
-    return [(name, getattr(settings, name, None)) for name in ("data", "start", "cams")]
 
 
 def _start_figures(settings: SettingsAfterCam, run: dict[str, Any]) -> dict[str, Any] | None:
