@@ -13,6 +13,7 @@ from training.runs import ENVIRONMENT, RUNNER
 from training.systems import TwoStages
 from training.voc_folder import make_voc
 
+from wsss_ops.__main__ import main
 from wsss_ops.training import checkpoints, evaluate, train
 from wsss_ops.training.batches import Batch, TrainingBatches
 from wsss_ops.training.cam import CamSystem
@@ -206,8 +207,6 @@ def test_a_folder_of_something_else_is_left_alone(voc, tmp_path, capsys):
         (["--lr", "nan"], "lr must be finite, got nan"),
         (["--backbone-lr", "-1"], "backbone_lr must be at least 0, got -1.0"),
         (["--seed", "-1"], "seed must be at least 0, got -1"),
-        (["--workers", "-1"], "--workers must be at least 0, got -1"),
-        (["--panels", "-1"], "--panels must be at least 0, got -1"),
         (["--output-stride", "32"], "output_stride of tiny"),
         (["--weights", "absent.pth"], "absent.pth is not a readable PyTorch file"),
         (["--tune-blocks", "99"], "tune_blocks must be"),
@@ -229,14 +228,22 @@ def test_evaluate_repeats_the_figures_of_training(voc, unbroken, tmp_path, capsy
     assert "mIoU" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("option", "message"), [("--scales", "scales must be"), ("--panels", "--panels must be")])
-def test_evaluate_refuses_bad_options(unbroken, tmp_path, capsys, option, message):
+def test_evaluate_refuses_bad_scales(unbroken, tmp_path, capsys):
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
-    arguments = ["--checkpoint", str(unbroken[0]), "--out", str(tmp_path / "out"), "--device", "cpu", option, "-1"]
+    arguments = ["--checkpoint", str(unbroken[0]), "--out", str(tmp_path / "out"), "--device", "cpu", "--scales", "-1"]
     assert evaluate.main(parser.parse_args(arguments)) == 2
-    assert message in capsys.readouterr().err
+    assert "scales must be" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [["train", "cam", "--workers"], ["train", "cam", "--panels"],
+                                     ["evaluate", "--checkpoint", "somewhere", "--panels"]])  # fmt: skip
+def test_counts_below_0_are_usage_errors(tmp_path, capsys, command):
+    with pytest.raises(SystemExit) as error:
+        main([*command, "-1", "--out", str(tmp_path / "out")])
+    assert error.value.code == 2
+    assert f"argument {command[-1]}: must be a whole number of at least 0, got -1" in capsys.readouterr().err
 
 
 def test_evaluate_tells_what_it_cannot_load(tmp_path, capsys):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from wsss_ops.training import checkpoints
+from wsss_ops.training.arguments import add_common_arguments
 from wsss_ops.training.data import open_dataset
 from wsss_ops.training.processes import join_processes
 from wsss_ops.training.report import can_draw_curves, evaluate_and_report
@@ -18,26 +19,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="model.pt, or the run folder that holds it")
     parser.add_argument("--data", help="VOC-layout folder or zip; default: what the model was trained on")
     parser.add_argument("--scales", type=float, nargs="+", help="image scales; default: those of its training run")
-    parser.add_argument("--panels", type=int, default=8, help="images shown in panels.png (default: 8)")
     parser.add_argument("--baseline", help="for runs of ocr: another one to compare figures and pictures with")
     parser.add_argument("--out", type=Path, required=True, help="folder for metrics.json and pictures")
     parser.add_argument(
         "--ops", choices=("fused", "reference"), default="fused", help="which operators (default: fused)"
     )
-    parser.add_argument(
-        "--check",
-        choices=("auto", "headers", "full"),
-        default="auto",
-        help="how closely to check the data (default: auto, full up to 5000 images)",
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    add_common_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs the parsed command; returns the exit status."""
     try:
-        if args.panels < 0:
-            raise ValueError(f"--panels must be at least 0, got {args.panels}")
         if (args.out / checkpoints.SETTINGS).exists():
             raise ValueError(f"{args.out} is the folder of a training run, whose figures stay; choose another --out")
         with join_processes(args.device) as processes:

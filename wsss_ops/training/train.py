@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from wsss_ops.training import checkpoints
+from wsss_ops.training.arguments import add_common_arguments, natural
 from wsss_ops.training.batches import TrainingBatches
 from wsss_ops.training.cam import CamSystem, SettingsAfterCam, read_start
 from wsss_ops.training.comparison import compare
@@ -48,15 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--ops", choices=OPS, default="fused", help="which operators; both compares them first (default: fused)"
         )
         options.add_argument("--no-evaluation", action="store_true", help="leave the evaluation at the end out")
-        options.add_argument("--panels", type=int, default=8, help="images shown in panels.png (default: 8)")
-        options.add_argument(
-            "--check",
-            choices=("auto", "headers", "full"),
-            default="auto",
-            help="how closely to check the data before training (default: auto, full up to 5000 images)",
-        )
-        options.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-        options.add_argument("--workers", type=int, help="processes that read images (default: by CPU cores)")
+        add_common_arguments(options)
+        options.add_argument("--workers", type=natural, help="processes that read images (default: by CPU cores)")
         options.add_argument("--save-every", type=float, default=15, help="seconds between checkpoints (default: 15)")
 
 
@@ -84,9 +78,6 @@ def run(
     A finished run prints its figures and does nothing. Raises ValueError for data that are not in order and where out
     holds a run with other settings.
     """
-    for option, value in (("panels", panels), ("workers", workers or 0)):
-        if value < 0:
-            raise ValueError(f"--{option} must be at least 0, got {value}")
     data = {split: open_dataset(settings.data, split, check=check) for split in ("train", "dev", "val")}
     if settings.imbalance > 1:
         data["train"] = LongTailed(data["train"], settings.imbalance)
