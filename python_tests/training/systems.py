@@ -6,8 +6,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from wsss_ops.training.inference import combine, infer_parts
 from wsss_ops.training.settings import Settings
 from wsss_ops.training.system import Stage, System
+
+
+def infer_cams(system, images, tags, scales, flip=True):
+    """The parts of `infer_parts` as one CAM [N, C-1, H, W] in 0..1."""
+    return combine(system, infer_parts(system, images, tags, scales, flip))
 
 
 class ToySystem(System):

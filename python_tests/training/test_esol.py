@@ -31,7 +31,7 @@ def batch():
     torch.manual_seed(1)
     images = torch.randn(4, 3, 33, 33)
     tags = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
-    return Batch(images, tags, torch.ones(4, 33, 33, dtype=torch.bool), torch.arange(4))
+    return Batch(images, tags, torch.ones(4, 33, 33, dtype=torch.bool))
 
 
 def learn_offsets(sampler, scale=0.05):

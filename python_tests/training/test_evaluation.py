@@ -1,11 +1,11 @@
 import pytest
 import torch
-from training.systems import ToySystem, TwoParts
+from training.systems import ToySystem, TwoParts, infer_cams
 from training.voc_folder import make_voc
 
 from wsss_ops.training.data import Sample, open_dataset
 from wsss_ops.training.evaluation import THRESHOLDS, ThresholdCounts, curves, evaluate, part_table, table
-from wsss_ops.training.inference import equal_sizes, infer_cams, infer_parts, stream_cams
+from wsss_ops.training.inference import equal_sizes, infer_parts, stream_cams
 from wsss_ops.training.processes import Processes
 
 CPU = torch.device("cpu")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from training.runs import killed_at, train_apart, train_here
+from training.systems import infer_cams
 from training.voc_folder import make_voc
 
 import wsss_ops
@@ -16,7 +17,7 @@ from wsss_ops.training import checkpoints, evaluate
 from wsss_ops.training.batches import Batch
 from wsss_ops.training.cam import CAM, CamSystem
 from wsss_ops.training.comparison import compare
-from wsss_ops.training.inference import infer_cams, infer_parts
+from wsss_ops.training.inference import infer_parts
 from wsss_ops.training.loop import seed_everything
 from wsss_ops.training.processes import Processes
 from wsss_ops.training.settings import Settings
@@ -42,7 +43,7 @@ def batch(seed=1):
     tags = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
     valid = torch.ones(4, 33, 33, dtype=torch.bool)
     valid[0, :12] = False
-    return Batch(images, tags, valid, torch.arange(4))
+    return Batch(images, tags, valid)
 
 
 def gradients(system, loss):

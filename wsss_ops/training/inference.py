@@ -48,11 +48,6 @@ def combine(system: System, parts: Sequence[Tensor]) -> Tensor:
     return torch.tensordot(weights / weights.sum(), torch.stack(list(parts)), 1)
 
 
-def infer_cams(system: System, images: Tensor, tags: Tensor, scales: Sequence[float], flip: bool = True) -> Tensor:
-    """The parts of `infer_parts` as one CAM [N, C-1, H, W] in 0..1."""
-    return combine(system, infer_parts(system, images, tags, scales, flip))
-
-
 def equal_sizes(dataset: Dataset, indices: Sequence[int], batch_size: int) -> Iterator[list[Sample]]:
     """The samples in order, in lists of consecutive ones of equal size, at most batch_size each."""
     waiting: list[Sample] = []
