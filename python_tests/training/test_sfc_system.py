@@ -267,7 +267,7 @@ def test_the_cam_is_the_refined_one_and_a_share_of_the_prototypes():
     images, tags = pictures()
     classifier, refined, prototype = infer_parts(system, images, tags, (1.0, 0.5))
     assert list(system.parts) == ["classifier", "refined", "prototype"]
-    alone = CamSystem(Settings(**SMALL), 3)
+    alone = CamSystem(Settings(**SMALL), 3, wsss_ops)
     alone.network.load_state_dict(system.network.state_dict(), strict=False)
     alone.network.eval()
     assert torch.allclose(classifier, infer_cams(alone, images, tags, (1.0, 0.5)), atol=1e-6)

@@ -13,6 +13,7 @@ from training.runs import ENVIRONMENT, RUNNER
 from training.systems import TwoStages
 from training.voc_folder import make_voc
 
+import wsss_ops
 from wsss_ops.__main__ import main
 from wsss_ops.training import checkpoints, evaluate, train
 from wsss_ops.training.batches import Batch, TrainingBatches
@@ -112,7 +113,7 @@ def test_the_command_runs_under_torchrun(voc, unbroken, tmp_path):
 
 
 TWO_RANKS = """
-import sys, torch
+import sys, torch, wsss_ops
 from pathlib import Path
 from torch import nn
 from wsss_ops.training.cam import CamSystem
@@ -138,7 +139,7 @@ with join_processes("cpu") as processes:
     torch.set_num_threads(1)
     settings = Settings(data=sys.argv[1], backbone="tiny", size=32, epochs=1, batch_size=4)
     torch.manual_seed(processes.rank)
-    system, data = CamSystem(settings, 21), open_dataset(sys.argv[1], "val")
+    system, data = CamSystem(settings, 21, wsss_ops), open_dataset(sys.argv[1], "val")
     batches = TrainingBatches(open_dataset(sys.argv[1], "train"), size=32, batch_size=4, seed=0, workers=0,
                               processes=processes)
     Training(system, batches, processes, Path(sys.argv[2]), save_every=0, about={}).run()
@@ -353,7 +354,7 @@ def test_comparison_of_operators_finds_equal_and_different_ones(voc):
 
 def test_cam_network_learns_only_what_is_asked(voc):
     settings = Settings(data=str(voc), backbone="tiny", tune_blocks=1)
-    system = CamSystem(settings, 21)
+    system = CamSystem(settings, 21, wsss_ops)
     groups = system.enter(0)
     assert [group["lr"] for group in groups] == [settings.lr, settings.backbone_lr]
     batch = Batch(torch.randn(2, 3, 32, 32), torch.zeros(2, 20), torch.ones(2, 32, 32).bool())

@@ -79,8 +79,7 @@ class CamSystem(System):
     uses_ops = False
     network: CamNetwork
 
-    def __init__(self, settings: Settings, num_classes: int, ops: ModuleType | None = None, *,
-                 pretrained: bool = True) -> None:  # fmt: skip
+    def __init__(self, settings: Settings, num_classes: int, ops: ModuleType, *, pretrained: bool = True) -> None:
         self.settings = settings
         backbone = build_backbone(settings.backbone, settings.weights, settings.output_stride, pretrained=pretrained)
         backbone.tune(settings.tune_blocks)  # here too, so that a number out of range fails before a run begins

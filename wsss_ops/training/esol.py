@@ -120,9 +120,7 @@ class EsolSystem(CamSystem):
     uses_ops = True
     network: EsolNetwork
 
-    def __init__(self, settings: EsolSettings, num_classes: int, ops: ModuleType | None, *,
-                 pretrained: bool = True) -> None:  # fmt: skip
-        assert ops is not None
+    def __init__(self, settings: EsolSettings, num_classes: int, ops: ModuleType, *, pretrained: bool = True) -> None:
         super().__init__(settings, num_classes, ops, pretrained=pretrained)
         self.network = EsolNetwork(self.network.backbone, num_classes - 1, ops, settings)
 

@@ -69,8 +69,7 @@ def load_system(path: Path, ops: str = "fused") -> tuple[System, tuple[str, ...]
         raise ValueError(f"{file} is no model of {', '.join(SYSTEMS)}")
     kind = SYSTEMS[content["system"]]
     settings = kind.Settings(**content["settings"])
-    operators = load_ops(ops) if kind.uses_ops else None
-    system = kind(settings, len(content["classes"]), operators, pretrained=False)
+    system = kind(settings, len(content["classes"]), load_ops(ops), pretrained=False)
     system.network.load_state_dict(content["network"])
     system.class_images = content.get("class_images")  # which older files lack
     return system, tuple(content["classes"])

@@ -88,9 +88,7 @@ class OcrSystem(Segmenter):
     Settings: ClassVar[type[Settings]] = OcrSettings
     network: SegmentationNetwork
 
-    def __init__(self, settings: OcrSettings, num_classes: int, ops: ModuleType | None, *,
-                 pretrained: bool = True) -> None:  # fmt: skip
-        assert ops is not None
+    def __init__(self, settings: OcrSettings, num_classes: int, ops: ModuleType, *, pretrained: bool = True) -> None:
         self.settings, self.ops = settings, ops
         backbone = build_backbone(settings.backbone, settings.weights, settings.output_stride, pretrained=pretrained)
         backbone.tune(settings.tune_blocks)

@@ -103,9 +103,7 @@ class PplSystem(CamSystem):
     uses_ops = True
     network: PplNetwork
 
-    def __init__(self, settings: PplSettings, num_classes: int, ops: ModuleType | None, *,
-                 pretrained: bool = True) -> None:  # fmt: skip
-        assert ops is not None
+    def __init__(self, settings: PplSettings, num_classes: int, ops: ModuleType, *, pretrained: bool = True) -> None:
         super().__init__(settings, num_classes, ops, pretrained=pretrained)
         backbone = self.network.backbone
         if max(settings.positions) > len(backbone.blocks):

@@ -114,9 +114,7 @@ class SfcSystem(CamSystem):
     uses_ops = True
     network: SfcNetwork
 
-    def __init__(self, settings: SfcSettings, num_classes: int, ops: ModuleType | None, *,
-                 pretrained: bool = True) -> None:  # fmt: skip
-        assert ops is not None
+    def __init__(self, settings: SfcSettings, num_classes: int, ops: ModuleType, *, pretrained: bool = True) -> None:
         super().__init__(settings, num_classes, ops, pretrained=pretrained)
         self.ops = ops
         self.network = SfcNetwork(self.network.backbone, num_classes - 1)

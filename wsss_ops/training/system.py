@@ -24,9 +24,9 @@ class Stage(NamedTuple):
 class System(ABC):
     """Base of the systems; `cam.py` is the model to copy.
 
-    settings: an instance of the class's Settings. num_classes counts the background. ops: `wsss_ops`,
-    `wsss_ops.reference`, or None where uses_ops is false. State beside parameters goes into buffers or extra state of
-    network, which checkpoints save.
+    settings: an instance of the class's Settings. num_classes counts the background. ops: `wsss_ops` or
+    `wsss_ops.reference`; uses_ops says whether it makes a difference. State beside parameters goes into buffers or
+    extra state of network, which checkpoints save.
     """
 
     Settings: ClassVar[type[Settings]] = Settings
@@ -36,7 +36,7 @@ class System(ABC):
     class_images: dict[str, int] | None = None  # training images per reported class, where they are long-tailed
 
     @abstractmethod
-    def __init__(self, settings: Any, num_classes: int, ops: ModuleType | None, *, pretrained: bool = True) -> None:
+    def __init__(self, settings: Any, num_classes: int, ops: ModuleType, *, pretrained: bool = True) -> None:
         """Builds the network."""
 
     @abstractmethod

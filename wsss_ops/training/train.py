@@ -176,8 +176,7 @@ def _start_figures(settings: SettingsAfterCam, run: dict[str, Any]) -> dict[str,
 
 def _build(name: str, settings: Settings, num_classes: int, ops: str) -> System:
     seed_everything(settings.seed)
-    kind = SYSTEMS[name]
-    return kind(settings, num_classes, load_ops(ops) if kind.uses_ops else None)
+    return SYSTEMS[name](settings, num_classes, load_ops(ops))
 
 
 def _default_workers(processes: Processes) -> int:
