@@ -19,8 +19,8 @@ import wsss_ops
 from wsss_ops import reference
 from wsss_ops.training import checkpoints, evaluate, segmentation, train
 from wsss_ops.training.batches import Batch, TrainingBatches, augment
-from wsss_ops.training.data import open_dataset
-from wsss_ops.training.ocr import OcrSettings, OcrSystem, with_background
+from wsss_ops.training.data import open_dataset, with_background
+from wsss_ops.training.ocr import OcrSettings, OcrSystem
 from wsss_ops.training.processes import Processes
 from wsss_ops.training.pseudo_labels import PseudoLabelled, make_pseudo_labels
 

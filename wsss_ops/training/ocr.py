@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from wsss_ops.training import checkpoints
 from wsss_ops.training.backbones import Backbone, build_backbone
 from wsss_ops.training.batches import Batch
-from wsss_ops.training.data import VOID, Dataset, fingerprint
+from wsss_ops.training.data import VOID, Dataset, fingerprint, with_background
 from wsss_ops.training.processes import Processes
 from wsss_ops.training.pseudo_labels import FOLDER, RECORD, PseudoLabelled, make_pseudo_labels
 from wsss_ops.training.settings import Settings, option
@@ -192,8 +192,3 @@ def _load(option: str, path: Path) -> tuple[System, tuple[str, ...]]:
         return load_system(path)
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from error
-
-
-def with_background(tags: Tensor) -> Tensor:
-    """tags [N, C-1] of the foreground -> [N, C], the background always present."""
-    return torch.cat([torch.ones_like(tags[:, :1]), tags], 1)

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from wsss_ops import out_of_candidate_rate
 from wsss_ops.training.batches import normalize
-from wsss_ops.training.data import VOID, Dataset, Sample
+from wsss_ops.training.data import VOID, Dataset, Sample, with_background
 from wsss_ops.training.evaluation import class_rows, curves, plain
 from wsss_ops.training.inference import equal_sizes
 from wsss_ops.training.pictures import Outside, Row, save_outside, save_panels
@@ -54,9 +53,9 @@ def stream_probabilities(
         yield from zip(samples, infer_probabilities(system, images, scales), strict=True)
 
 
-def candidates(sample: Sample, device: torch.device | str = "cpu") -> Tensor:
-    """bool [C]: background and the classes of the image's tags."""
-    return torch.cat([torch.ones(1, dtype=torch.bool), sample.tags]).to(device)
+def out_of_candidate(predicted: Tensor, sample: Sample) -> Tensor:
+    """bool [H, W]: whether the predicted class of a pixel, int64 [H, W] on the CPU, is none of its image's tags."""
+    return ~with_background(sample.tags)[predicted]
 
 
 def evaluate(system: Segmenter, development: Dataset, validation: Dataset, scales: Sequence[float],
@@ -70,7 +69,7 @@ def evaluate(system: Segmenter, development: Dataset, validation: Dataset, scale
     for name, dataset in (("development", development), ("validation", validation)):
         classes = len(dataset.classes)
         confusion = torch.zeros(classes, classes, dtype=torch.int64)
-        outside = torch.zeros(2, dtype=torch.float64)  # OC pixels, all pixels
+        outside = torch.zeros(2, dtype=torch.int64)  # OC pixels, all pixels
         indices = range(processes.rank, len(dataset), processes.count)
         stream = stream_probabilities(system, dataset, indices, scales, processes.device)
         title = f"segmentation of {name} images"
@@ -79,14 +78,13 @@ def evaluate(system: Segmenter, development: Dataset, validation: Dataset, scale
             known = mask != VOID
             cells = predicted[known] * classes + mask[known].long()
             confusion += torch.bincount(cells, minlength=classes**2).view(classes, classes)
-            rate = out_of_candidate_rate(scores[None], candidates(sample, scores.device)[None])
-            outside += torch.tensor([float(rate), 1.0], dtype=torch.float64) * mask.numel()
+            outside += torch.tensor([int(out_of_candidate(predicted, sample).sum()), mask.numel()])
         found = curves(processes.sum(confusion)[None], dataset.report_classes)
         outside = processes.sum(outside)
         result[name] = {
             "images": len(dataset),
             **{key: plain(found[key][0]) for key in ("mIoU", "precision", "recall")},
-            "oc_rate": plain(outside[0] / outside[1]),
+            "oc_rate": plain(outside[0].double() / outside[1]),
             "report_classes": [dataset.classes[index] for index in dataset.report_classes],
             "classes": class_rows(found, 0, dataset.classes),
         }
@@ -127,7 +125,7 @@ def save_pictures(system: Segmenter, dataset: Dataset, indices: Sequence[int], s
             [scores.argmax(0).cpu(), *own] for (_, scores), own in zip(before, labels, strict=True)
         ]  # fmt: skip
     pictures = [
-        Outside(sample.image, sample.mask, [(p.byte(), ~candidates(sample)[p]) for p in predicted], title)
+        Outside(sample.image, sample.mask, [(p.byte(), out_of_candidate(p, sample)) for p in predicted], title)
         for (sample, _), predicted, title in zip(found, labels, titles, strict=True)
     ]
     save_outside(out / OUTSIDE, pictures, networks, dataset.classes)

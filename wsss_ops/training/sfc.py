@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from wsss_ops.training.backbones import Backbone
 from wsss_ops.training.batches import Batch
 from wsss_ops.training.cam import CAM, CamSystem, SettingsAfterCam, StagedCamNetwork
-from wsss_ops.training.data import Dataset
+from wsss_ops.training.data import Dataset, with_background
 from wsss_ops.training.image_bank import ImageBank
 from wsss_ops.training.processes import Processes
 from wsss_ops.training.settings import Settings, option
@@ -147,7 +147,7 @@ class SfcSystem(CamSystem):
         images, tags, valid = self.with_bank(batch)
         maps, small = self.network.maps(images), self.network.maps(halve(images))
         classification = sum(F.binary_cross_entropy_with_logits(one.logits.float(), tags) for one in (maps, small)) / 2
-        present = F.pad(tags, (1, 0), value=1)
+        present = with_background(tags)
         cam, inside = self.normalise(maps.cam, present, valid)
         cam_small, _ = self.normalise(small.cam, present, valid)
         consistency = self.ops.msdw_loss(
@@ -201,7 +201,7 @@ class SfcSystem(CamSystem):
     def cams(self, images: Tensor, tags: Tensor) -> list[Tensor]:
         if self.network.stage == CAM:
             return super().cams(images, tags)
-        maps, present = self.network.maps(images), F.pad(tags.float(), (1, 0), value=1)
+        maps, present = self.network.maps(images), with_background(tags)
         cam, _ = self.normalise(maps.cam, present, None)
         refined = propagate(maps.cam.float().relu(), affinity(maps.embedded))
         return [maps.cam, refined, self.prototype_cam(maps.levels, cam, present, None)[:, 1:]]
