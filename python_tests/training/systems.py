@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from wsss_ops.training.inference import combine, infer_parts
 from wsss_ops.training.settings import Settings
-from wsss_ops.training.system import Stage, System
+from wsss_ops.training.system import Classifier, Stage
 
 
 def infer_cams(system, images, tags, scales, flip=True):
@@ -16,7 +16,7 @@ def infer_cams(system, images, tags, scales, flip=True):
     return combine(system, infer_parts(system, images, tags, scales, flip))
 
 
-class ToySystem(System):
+class ToySystem(Classifier):
     """Shows the brightness of the image, at stride 4; has nothing to learn."""
 
     stride = 4
@@ -50,7 +50,7 @@ class TwoParts(ToySystem):
         return [bright, (2.5 - bright) * tags[:, :, None, None]]
 
 
-class TwoStages(System):
+class TwoStages(Classifier):
     """Calls an operator, ops.scale, and learns a 1x1 convolution in one stage and a bias in the next."""
 
     stride = 1

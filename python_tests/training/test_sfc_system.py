@@ -1,5 +1,6 @@
 """SFC: what learns and from what, the steps of its loss, the bank in a run, the parts of its CAM, resumption."""
 
+import dataclasses
 import json
 import signal
 from types import SimpleNamespace
@@ -216,6 +217,16 @@ def test_the_bank_survives_a_checkpoint(tmp_path):
         drawn.append(one.with_bank(batch(9)))
     assert len(drawn[0][0]) == 8
     assert all(map(torch.equal, *drawn))
+
+
+def test_a_model_file_of_an_earlier_version_is_named(tmp_path):
+    system, file = make(stage=SFC), tmp_path / "model.pt"
+    state = system.network.state_dict()
+    state["bank._extra_state"] = {"images": [], "slots": {}}  # as it was once
+    model = {"system": "sfc", "settings": dataclasses.asdict(system.settings), "classes": ("background", "a", "b")}
+    checkpoints.save(file, model | {"network": state})
+    with pytest.raises(ValueError, match=r"model\.pt was written by an earlier version, which .* 'num_classes'"):
+        evaluate.load_system(file)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

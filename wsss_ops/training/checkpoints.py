@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import nn
 
 SETTINGS, CHECKPOINT, MODEL, METRICS = "settings.json", "checkpoint.pt", "model.pt", "metrics.json"
 
@@ -56,6 +57,18 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises half a dozen types for damaged files, some with pages of advice
         cause = str(error).split("\n")[0].split(". ")[0]
         raise ValueError(f"{path} is not a readable PyTorch file of tensors: {cause}") from error
+
+
+def restore(network: nn.Module, content: dict[str, Any], path: Path) -> None:
+    """Gives network the state that a file of a run, loaded from path, has of it.
+
+    Raises ValueError naming the file where it does not fit.
+    """
+    try:
+        network.load_state_dict(content["network"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} was written by an earlier version, which this one cannot read ({cause})") from error
 
 
 def check_claim(out: Path, settings: dict[str, Any]) -> None:

@@ -9,8 +9,8 @@ from wsss_ops.training import checkpoints
 from wsss_ops.training.arguments import add_common_arguments
 from wsss_ops.training.data import open_dataset
 from wsss_ops.training.processes import join_processes
-from wsss_ops.training.report import can_draw_curves, evaluate_and_report
-from wsss_ops.training.system import Segmenter, System
+from wsss_ops.training.report import can_draw_curve, evaluate_and_report
+from wsss_ops.training.system import Classifier, Segmenter
 from wsss_ops.training.train import SYSTEMS, load_ops
 
 
@@ -47,8 +47,8 @@ def main(args: argparse.Namespace) -> int:
                 raise ValueError(f"the model knows the classes {', '.join(classes)}; {path} has others")
             system.network.to(processes.device)
             evaluate_and_report(
-                system, data["dev"], data["val"], system.settings.scales, processes, args.out, panels=args.panels,
-                curve=can_draw_curves(processes), details={"checkpoint": str(args.checkpoint)},
+                system, data["dev"], data["val"], processes, args.out, panels=args.panels,
+                curve=can_draw_curve(system, processes), details={"checkpoint": str(args.checkpoint)},
             )  # fmt: skip
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_system(path: Path, ops: str = "fused") -> tuple[System, tuple[str, ...]]:
+def load_system(path: Path, ops: str = "fused") -> tuple[Classifier | Segmenter, tuple[str, ...]]:
     """Loads a trained model from its file or run folder; returns it with its classes, background first.
 
     Raises ValueError where there is none or it cannot be read.
@@ -70,6 +70,6 @@ def load_system(path: Path, ops: str = "fused") -> tuple[System, tuple[str, ...]
     kind = SYSTEMS[content["system"]]
     settings = kind.Settings(**content["settings"])
     system = kind(settings, len(content["classes"]), load_ops(ops), pretrained=False)
-    system.network.load_state_dict(content["network"])
+    checkpoints.restore(system.network, content, file)
     system.class_images = content.get("class_images")  # which older files lack
     return system, tuple(content["classes"])

@@ -20,7 +20,7 @@ from wsss_ops.training.data import VOID, Dataset, fingerprint, with_background
 from wsss_ops.training.processes import Processes
 from wsss_ops.training.pseudo_labels import FOLDER, RECORD, PseudoLabelled, make_pseudo_labels
 from wsss_ops.training.settings import Settings, option
-from wsss_ops.training.system import Segmenter, Stage, System
+from wsss_ops.training.system import Classifier, Segmenter, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +130,7 @@ class OcrSystem(Segmenter):
     def stride(self) -> int:
         return self.network.backbone.stride
 
-    def pseudo_labelled(self, dataset: Dataset, out: Path) -> Dataset:
+    def training_images(self, dataset: Dataset, out: Path) -> Dataset:
         if (found := self.baseline()) is not None and len(found[0].network.prior) != len(dataset.classes):
             raise ValueError(f"baseline: {self.settings.baseline} knows other classes than the data have")
         given = Path(self.settings.cams) / FOLDER
@@ -165,7 +165,7 @@ class OcrSystem(Segmenter):
             raise ValueError(f"baseline: {path} is no finished and evaluated run of this system")
         return system, checkpoints.read_json(path / checkpoints.METRICS)
 
-    def _source(self, dataset: Dataset) -> tuple[Any, float]:
+    def _source(self, dataset: Dataset) -> tuple[Classifier, float]:
         """The CAM system and the threshold of the pseudo-labels.
 
         Raises ValueError for what is missing or does not fit.
@@ -184,7 +184,7 @@ class OcrSystem(Segmenter):
         return system, threshold
 
 
-def _load(option: str, path: Path) -> tuple[System, tuple[str, ...]]:
+def _load(option: str, path: Path) -> tuple[Classifier | Segmenter, tuple[str, ...]]:
     """`load_system`, whose errors name the option."""
     from wsss_ops.training.evaluate import load_system  # which imports the table of systems, with this one in it
 
