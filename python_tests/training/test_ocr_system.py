@@ -17,6 +17,7 @@ from training.voc_folder import make_voc, save_mask
 
 import wsss_ops
 from wsss_ops import reference
+from wsss_ops._files import write_json
 from wsss_ops.training import checkpoints, evaluate, segmentation, train
 from wsss_ops.training.batches import Batch, TrainingBatches, augment
 from wsss_ops.training.data import open_dataset, with_background
@@ -261,14 +262,14 @@ def test_evaluate_repeats_the_figures_of_training(voc, cams, tmp_path, capsys):
 
 KILLED_LABELLING = """
 import os, signal
-from wsss_ops.training import checkpoints
-write, written = checkpoints.write_atomic, []
+from wsss_ops.training import pseudo_labels
+write, written = pseudo_labels.write_atomic, []
 def write_or_die(path, content):
     write(path, content)
     written.append(path)
     if sum(file.suffix == ".png" for file in written) == 5:
         os.kill(os.getpid(), signal.SIGKILL)
-checkpoints.write_atomic = write_or_die
+pseudo_labels.write_atomic = write_or_die
 """
 
 
@@ -316,7 +317,7 @@ def test_what_does_not_fit_is_an_error_before_anything_is_made(voc, cams, tmp_pa
         checkpoints.save(tmp_path / name / "model.pt", model)
     (tmp_path / "old/pseudo_labels").mkdir()
     record = {"threshold": 0.5, "training_images": "2 images, labels 0"}
-    checkpoints.write_json(tmp_path / "old/pseudo_labels/labels.json", record)
+    write_json(tmp_path / "old/pseudo_labels/labels.json", record)
     cases = [
         (["--cams", tmp_path / "none"], f"cams: {tmp_path}/none does not exist"),
         (["--cams", cams, "--baseline", tmp_path / "none"], f"baseline: {tmp_path}/none does not exist"),

@@ -15,6 +15,7 @@ from training.voc_folder import make_voc
 
 import wsss_ops
 from wsss_ops.__main__ import main
+from wsss_ops._files import write_atomic
 from wsss_ops.training import checkpoints, evaluate, train
 from wsss_ops.training.batches import Batch, TrainingBatches
 from wsss_ops.training.cam import CamSystem
@@ -279,7 +280,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpoints.write_atomic(path, fail)
+        write_atomic(path, fail)
     assert checkpoints.load(path) == {"value": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["x.pt"]
 

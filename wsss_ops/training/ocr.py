@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wsss_ops._files import read_json
 from wsss_ops.training import checkpoints
 from wsss_ops.training.backbones import Backbone, build_backbone
 from wsss_ops.training.batches import Batch
@@ -137,7 +138,7 @@ class OcrSystem(Segmenter):
         if not (given / RECORD).exists():
             self._source(dataset)  # before anything is made
             return PseudoLabelled(dataset, out / FOLDER)
-        record, threshold = checkpoints.read_json(given / RECORD), self.settings.cam_threshold
+        record, threshold = read_json(given / RECORD), self.settings.cam_threshold
         if record["training_images"] != fingerprint(dataset):
             raise ValueError(
                 f"cams: the pseudo-labels of {given} are of {record['training_images']}, not of these data"
@@ -163,7 +164,7 @@ class OcrSystem(Segmenter):
         system, _ = _load("baseline", path)
         if not isinstance(system, OcrSystem) or not (path / checkpoints.METRICS).exists():
             raise ValueError(f"baseline: {path} is no finished and evaluated run of this system")
-        return system, checkpoints.read_json(path / checkpoints.METRICS)
+        return system, read_json(path / checkpoints.METRICS)
 
     def _source(self, dataset: Dataset) -> tuple[Classifier, float]:
         """The CAM system and the threshold of the pseudo-labels.
@@ -180,7 +181,7 @@ class OcrSystem(Segmenter):
             metrics = path / checkpoints.METRICS
             if not metrics.exists():
                 raise ValueError(f"cam_threshold must be given, because {path} holds no {checkpoints.METRICS} with one")
-            threshold = checkpoints.read_json(metrics)["threshold"]
+            threshold = read_json(metrics)["threshold"]
         return system, threshold
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from wsss_ops.training.checkpoints import write_atomic
+from wsss_ops._files import write_atomic
 from wsss_ops.training.data import VOID, Sample
 
 Array = Tensor | NDArray[np.generic]

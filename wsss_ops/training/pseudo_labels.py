@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from wsss_ops.training import checkpoints
+from wsss_ops._files import write_atomic, write_json
 from wsss_ops.training.data import Dataset, Sample, fingerprint
 from wsss_ops.training.inference import stream_cams, with_threshold
 from wsss_ops.training.pictures import palette
@@ -72,9 +72,9 @@ def make_pseudo_labels(
     for sample, cams in bar:
         picture = Image.fromarray(with_threshold(cams, threshold).argmax(0).byte().cpu().numpy(), "P")
         picture.putpalette(palette().tobytes())
-        checkpoints.write_atomic(folder / f"{sample.name}.png", functools.partial(picture.save, format="PNG"))
+        write_atomic(folder / f"{sample.name}.png", functools.partial(picture.save, format="PNG"))
     processes.wait()
     if processes.is_main:
         record = about | {"threshold": threshold, "scales": list(scales), "training_images": fingerprint(dataset)}
-        checkpoints.write_json(folder / RECORD, record)
+        write_json(folder / RECORD, record)
     processes.wait()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wsss_ops._files import write_json
 from wsss_ops.info import environment
 from wsss_ops.training import checkpoints, segmentation
 from wsss_ops.training.batches import normalize
@@ -73,7 +74,7 @@ def evaluate_and_report(
             drawn = [_save_curve(result, out)] if curve else []
             drawn += _save_pictures(system, validation, shown, result, processes, out)
         # Last, because its presence says that the run is finished.
-        checkpoints.write_json(out / checkpoints.METRICS, result)
+        write_json(out / checkpoints.METRICS, result)
         print(f"written to {out}: {', '.join([checkpoints.METRICS, *drawn])}")
     processes.wait()
     return result

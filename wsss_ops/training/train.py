@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from wsss_ops._files import read_json
 from wsss_ops.training import checkpoints
 from wsss_ops.training.arguments import add_common_arguments, natural
 from wsss_ops.training.batches import TrainingBatches
@@ -96,7 +97,7 @@ def run(
     }
     checkpoints.check_claim(out, record)
     if (out / checkpoints.METRICS).exists():
-        result: dict[str, Any] = checkpoints.read_json(out / checkpoints.METRICS)
+        result: dict[str, Any] = read_json(out / checkpoints.METRICS)
         processes.print(f"{out} is finished:\n{table(result)}{part_table(result)}{stage_table(result)}")
         return result
     classes = data["train"].classes
@@ -162,7 +163,7 @@ def _earlier_stages(
             processes.print(f"stage {stage.name}: figures of {system.settings.start}")
             found[stage.name] = given
         elif (folder / checkpoints.METRICS).exists():
-            found[stage.name] = checkpoints.read_json(folder / checkpoints.METRICS)
+            found[stage.name] = read_json(folder / checkpoints.METRICS)
         else:
             checkpoints.restore(system.network, checkpoints.load(file), file)
             processes.print(f"stage {stage.name}:")
@@ -180,7 +181,7 @@ def _start_figures(settings: SettingsAfterCam, run: dict[str, Any]) -> dict[str,
     path = Path(settings.start) / checkpoints.METRICS
     if not path.exists():
         return None
-    result: dict[str, Any] = checkpoints.read_json(path)
+    result: dict[str, Any] = read_json(path)
     names = ("data", "training_images", "precision")
     there, here = ([of.get(name) for name in names] for of in (result["run"], run))
     return result if [*there, result["scales"]] == [*here, list(settings.scales)] else None
