@@ -12,12 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # Not relative, so that this file runs as a script, too.
-from wsss_ops.bench.report import plot
-from wsss_ops.bench.sections import RESULTS, SECTIONS, load
-from wsss_ops.bench.tables import (
+from wsss_ops.bench.markdown import (
     Case,
     Columns,
-    Results,
     compares,
     default_columns,
     legend,
@@ -26,6 +23,9 @@ from wsss_ops.bench.tables import (
     overheads,
     table,
 )
+from wsss_ops.bench.report import plot
+from wsss_ops.bench.results_file import Results, load, succeeded
+from wsss_ops.bench.sections import RESULTS, SECTIONS
 
 README = RESULTS.parent.parent / "README.md"
 BEGIN = "<!-- written by bench/performance.py from here -->\n"
@@ -45,14 +45,14 @@ def block(folder: Path = RESULTS) -> str:
     parts = [INTRODUCTION]
     for section in SECTIONS:
         file = folder / section.file
-        results = load(file)
+        results = succeeded(load(file))
         parts += [f"### {section.operator} ({results['device']})", section.prose(results), source(file, results)]
         parts += facts(operators(results)[section.op], section.columns, picture(file, section.op))
     gpu = newest_gpu(folder)
     if gpu is None:
         parts.append(NO_GPU)
     else:
-        results = load(gpu)
+        results = succeeded(load(gpu))
         parts += ["### On a GPU", GPU, source(gpu, results), *everything(results, gpu)]
     return "\n\n".join(parts) + "\n"
 
@@ -86,9 +86,9 @@ def draw(folder: Path = RESULTS) -> None:
     """Every picture that block() names."""
     shown = [(folder / section.file, section.op) for section in SECTIONS]
     if gpu := newest_gpu(folder):
-        shown += [(gpu, op) for op, cases in operators(load(gpu)).items() if compares(cases)]
+        shown += [(gpu, op) for op, cases in operators(succeeded(load(gpu))).items() if compares(cases)]
     for file, op in shown:
-        results = load(file)
+        results = succeeded(load(file))
         plot({**results, "cases": operators(results)[op]}, picture(file, op))
 
 
@@ -107,9 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     only.add_argument("--results", type=Path, help="write nothing, print the tables of all cases of this file")
     options = parser.parse_args(arguments)
     if options.results is not None:
-        if not options.results.is_file():
-            raise SystemExit(f"--results: there is no file {options.results}")
-        results = load(options.results)
+        results = succeeded(load(options.results))
         print("\n\n".join([f"Measured on {measured(results)}.", *everything(results)]))
         return 0
     current = README.read_text()

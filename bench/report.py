@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from wsss_ops._files import write_atomic
 
-def header(results: dict[str, Any]) -> str:
+from .results_file import Results, succeeded
+
+
+def header(results: Results) -> str:
     return "\n".join(f"{name + ':':14} {fact}" for name, fact in results["environment"].items())
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: Results) -> str:
     lines = [
         f"{results['rounds']} interleaved rounds on {results['device']}: medians, and the median of ratios by round"
     ]
@@ -42,40 +44,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Results of several runs as one; where two have a case, the later one's."""
-    cases: dict[str, Any] = {}
-    overheads: dict[str, Any] = {}
-    for part in parts:
-        if part["environment"] != parts[0]["environment"]:
-            raise SystemExit("these results are of different machines or versions, which make no table")
-        cases |= {case["name"]: case for case in part["cases"]}
-        overheads |= part["host_overhead_us"]
-    return {**parts[-1], "cases": list(cases.values()), "host_overhead_us": overheads}
-
-
-def failures(results: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Case, function and error of each that raised one; no function where it was all of the case."""
-    failed = [(case["name"], "", case["error"]) for case in results["cases"] if "error" in case]
-    return failed + [
-        (case["name"], name, figures["error"])
-        for case in results["cases"]
-        for name, figures in case["functions"].items()
-        if "error" in figures
-    ]
-
-
-def succeeded(results: dict[str, Any]) -> dict[str, Any]:
-    """Results without what failed: functions, and cases whose floor did."""
-    cases = []
-    for case in results["cases"]:
-        functions = {name: figures for name, figures in case["functions"].items() if "error" not in figures}
-        if functions and next(iter(case["functions"])) in functions:
-            cases.append({**case, "functions": functions})
-    return {**results, "cases": cases}
-
-
-def plot(results: dict[str, Any], path: Path) -> None:
+def plot(results: Results, path: Path) -> None:
     """A dot for each function's time as a multiple of its case's floor; written whole or not at all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -104,8 +73,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     machine = results["environment"]["gpu 0" if results["device"] == "cuda" else "processor"]
     axes.set_title(f"wsss_ops on {machine}", fontsize=10)
     figure.legend(fontsize=9, loc="outside right upper")
-    partial = path.with_name(path.name + ".partial")
     canvas.draw()
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    picture.quantize(64).save(partial, format="png")  # a third of the bytes: results are committed with their pictures
-    partial.replace(path)
+    # 64 colours are a third of the bytes: results are committed with their pictures.
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(64)
+    write_atomic(path, lambda file: picture.save(file, format="png"))

@@ -6,7 +6,6 @@ import argparse
 import datetime
 import gc
 import importlib.util
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,16 +15,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from wsss_ops._files import write_json
 from wsss_ops.info import environment, missing
 
 from .cases import CASES, OPERATORS, OVERHEADS, Case
 from .measure import host_overhead, interleaved, noting, peak_memory
-from .report import failures, header, merged, plot, table
+from .report import header, plot, table
+from .results_file import Results, failures, load, merged
 
 DATA_SETS = 4  # per case, more than caches hold at the sizes of the cases
 PEERS = ("reference", "torchvision", "bmm", "broadcast")  # how their names begin; an error of theirs is theirs
-
-Results = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,33 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if (
-        device == "cuda"
-        and not arguments.show
-        and (reason := next((line for line in missing() if line.startswith("CUDA")), ""))
-    ):
-        raise SystemExit(f"--device cuda: {reason}")
-    if arguments.rounds < 5:
-        raise SystemExit(f"--rounds must be at least 5, got {arguments.rounds}")
-    if arguments.add and arguments.out is None:
-        raise SystemExit("--add needs --out, the file to add to")
-    for option, path in (("--out", arguments.out), ("--plot", arguments.plot)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise SystemExit(f"{option}: there is no folder {path.absolute().parent}")
-    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib")
-
-    earlier = [_read(path) for path in arguments.show or []]
+    check(arguments, device)
+    earlier = [load(path) for path in arguments.show or []]
     if arguments.add and arguments.out.exists():
-        earlier.append(_read(arguments.out))
+        earlier.append(load(arguments.out))
 
     def keep(results: Results) -> Results:
         """With what was there before, and in the file."""
         whole = merged([*earlier, results])
         if arguments.out is not None:
-            partial = arguments.out.with_name(arguments.out.name + ".partial")
-            partial.write_text(json.dumps(whole, indent=1) + "\n")
-            partial.replace(arguments.out)
+            write_json(arguments.out, whole)
         return whole
 
     if arguments.show:
@@ -90,14 +72,21 @@ def main(arguments: argparse.Namespace) -> int:
     return int(any(not function.startswith(PEERS) for _, function, _ in own))
 
 
-def _read(path: Path) -> Results:
-    try:
-        results: Results = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{path}: cannot be read as results ({error})") from error
-    if "cases" not in results:
-        raise SystemExit(f"{path} is not what --out writes")
-    return results
+def check(arguments: argparse.Namespace, device: str) -> None:
+    """Ends the program with a message where the arguments, or the machine, forbid what they ask for."""
+    if device == "cuda" and not arguments.show:
+        reason = next((line for line in missing() if line.startswith("CUDA")), None)
+        if reason is not None:
+            raise SystemExit(f"--device cuda: {reason}")
+    if arguments.rounds < 5:
+        raise SystemExit(f"--rounds must be at least 5, got {arguments.rounds}")
+    if arguments.add and arguments.out is None:
+        raise SystemExit("--add needs --out, the file to add to")
+    for option, path in (("--out", arguments.out), ("--plot", arguments.plot)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise SystemExit(f"{option}: there is no folder {path.absolute().parent}")
+    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("--plot needs matplotlib: pip install matplotlib")
 
 
 def run(

@@ -6,13 +6,12 @@ shows all cases of the newest.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from wsss_ops.bench.report import succeeded
-from wsss_ops.bench.tables import FLOOR, OURS, Columns, Results, digits, floor_name, ratio
+from wsss_ops.bench.markdown import FLOOR, OURS, Columns, digits, floor_name, ratio
+from wsss_ops.bench.results_file import Results, load, succeeded
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -24,17 +23,6 @@ class Section:
     file: str
     columns: Columns
     prose: Callable[[Results], str]
-
-
-def load(path: Path) -> Results:
-    """What was measured; what failed is left out."""
-    try:
-        results = json.loads(path.read_text())
-    except ValueError:
-        results = {}
-    if "cases" not in results:
-        raise SystemExit(f"{path} is not what wsss-ops bench --out writes")
-    return succeeded(results)
 
 
 def deform(results: Results) -> str:
@@ -54,7 +42,7 @@ def ocr(results: Results) -> str:
     earlier = "ocr-cpu-2026-11-20.json"
     small, large = (
         digits(ratio(case, "reference"))
-        for case in load(RESULTS / earlier)["cases"]
+        for case in succeeded(load(RESULTS / earlier))["cases"]
         if case["name"] in ("O1c C21 NCHW", "O2c C81 NCHW")
     )
     largest = max(case["functions"][floor_name(case)]["peak_bytes"] for case in results["cases"])

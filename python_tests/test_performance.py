@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from wsss_ops.bench import performance, tables
+from wsss_ops.bench import markdown, performance
 
 
 def figures(median_ms: float, times_floor: float, megabytes: float) -> dict[str, float]:
@@ -144,7 +144,7 @@ def test_every_picture_named_is_drawn(gpu_file: Path) -> None:
 
 
 def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="there is no file"):
+    with pytest.raises(SystemExit, match="cannot be read as results"):
         performance.main(["--results", str(tmp_path / "none.json")])
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(SystemExit, match="is not what wsss-ops bench --out writes"):
@@ -155,4 +155,4 @@ def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
     ("value", "text"), [(0.0, "0.00"), (0.0123, "0.0123"), (7.1, "7.10"), (99.96, "100"), (1433.6, "1434")]
 )
 def test_three_digits(value: float, text: str) -> None:
-    assert tables.digits(value) == text
+    assert markdown.digits(value) == text

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import __version__
+from . import __version__, demo, info
+from .bench import runner
+from .training import evaluate, train
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,11 +19,6 @@ def main(arguments: list[str] | None = None) -> int:
     train_parser = commands.add_parser("train", help="train a system on photographs or generated scenes")
     evaluate_parser = commands.add_parser("evaluate", help="IoU, precision and recall of a trained system")
     bench_parser = commands.add_parser("bench", help="time the operators against their references and floors")
-
-    # Imported here, after the parser, so that a usage error is told at once.
-    from . import demo, info
-    from .bench import runner
-    from .training import evaluate, train
 
     info_parser.set_defaults(run=lambda _: info.main())
     for command, module in (

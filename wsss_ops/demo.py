@@ -134,10 +134,34 @@ def check_prototype(device: torch.device) -> tuple[float, float]:
     )
 
 
+def check_ocr_loss(device: torch.device) -> tuple[float, float]:
+    tags = torch.tensor([[1, 1, 0, 0, 0], [1, 0, 1, 1, 0]], device=device)
+
+    def plain(x: Tensor) -> Tensor:
+        loss = reference.ocr_loss(x, tags, reduction="none")
+        assert isinstance(loss, Tensor)  # and not with the count
+        return loss
+
+    x = torch.randn(2, 5, 17, 19, device=device)
+    return largest_difference(lambda x: wsss_ops.ocr_loss(x, tags, reduction="none"), plain, x)
+
+
+def check_msdw_loss(device: torch.device) -> tuple[float, float]:
+    cam, half = torch.rand(2, 5, 17, 19, device=device), torch.rand(2, 5, 9, 10, device=device)
+    tags, coefficients = torch.ones(2, 5, device=device), torch.rand(4, device=device)
+    return largest_difference(
+        lambda x: wsss_ops.msdw_loss(cam, x, half, tags, coefficients),
+        lambda x: reference.msdw_loss(cam, x, half, tags, coefficients),
+        torch.rand(2, 5, 17, 19, device=device),
+    )
+
+
 CHECKS = {
     "patch_split": check_split,
     "patch_merge": check_merge,
     "deform_conv2d": check_deform,
     "clip_features": check_clip,
+    "ocr_loss": check_ocr_loss,
     "prototype_cam": check_prototype,
+    "msdw_loss": check_msdw_loss,
 }

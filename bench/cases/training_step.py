@@ -22,7 +22,6 @@ def make_batch(images: int, device: torch.device) -> Batch:
         torch.randn(images, 3, SIDE, SIDE, device=device).contiguous(memory_format=torch.channels_last),
         tags,
         torch.ones(images, SIDE, SIDE, dtype=torch.bool, device=device),
-        torch.arange(images, device=device),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -9,11 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wsss_ops.training.batches import Batch
+from wsss_ops.training.inference import combine, infer_parts
 from wsss_ops.training.settings import Settings
-from wsss_ops.training.system import Stage, System
+from wsss_ops.training.system import Classifier, Stage, System
 
 
-class ToySystem(System):
+def infer_cams(system: Classifier, images: Tensor, tags: Tensor, scales: Sequence[float], flip: bool = True) -> Tensor:
+    """The parts of `infer_parts` as one CAM [N, C-1, H, W] in 0..1."""
+    return combine(system, infer_parts(system, images, tags, scales, flip))
+
+
+class ToySystem(Classifier):
     """Shows the brightness of the image, at stride 4; has nothing to learn."""
 
     stride = 4
@@ -47,7 +54,7 @@ class TwoParts(ToySystem):
         return [bright, (2.5 - bright) * tags[:, :, None, None]]
 
 
-class TwoStages(System):
+class TwoStages(Classifier):
     """Calls an operator, ops.scale, and learns a 1x1 convolution in one stage and a bias in the next."""
 
     stride = 1
@@ -84,7 +91,7 @@ def batch(seed: int = 1) -> Batch:
     tags = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
     valid = torch.ones(4, 33, 33, dtype=torch.bool)
     valid[0, :12] = False
-    return Batch(images, tags, valid, torch.arange(4))
+    return Batch(images, tags, valid)
 
 
 def gradients(system: System, loss: Tensor) -> dict[str, Tensor]:

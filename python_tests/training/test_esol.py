@@ -145,7 +145,7 @@ def test_the_model_file_knows_its_stage() -> None:
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [({"beta": 0.0}, "beta must be above 0, got 0.0"), ({"area": -1.0}, "area must not be negative, got -1.0")],
+    [({"beta": 0.0}, "beta must be above 0, got 0.0"), ({"area": -1.0}, "area must be at least 0, got -1.0")],
 )
 def test_bad_settings(setting: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from training.systems import ToySystem, TwoParts
+from training.systems import ToySystem, TwoParts, infer_cams
 from training.voc_folder import make_voc
 
 from wsss_ops.training.data import Dataset, Sample, open_dataset
 from wsss_ops.training.evaluation import ThresholdCounts, curves, evaluate, part_table, table
-from wsss_ops.training.inference import equal_sizes, infer_cams, infer_parts, stream_cams
+from wsss_ops.training.inference import equal_sizes, infer_parts, stream_cams
 from wsss_ops.training.processes import Processes
 from wsss_ops.training.system import System
 

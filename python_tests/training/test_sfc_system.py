@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from training.runs import command, killed_at, train_apart, train_here
-from training.systems import batch, gradients
+from training.systems import batch, gradients, infer_cams
 from training.voc_folder import make_voc
 
 import wsss_ops
@@ -22,7 +23,7 @@ from wsss_ops import reference
 from wsss_ops.training import checkpoints, evaluate
 from wsss_ops.training.cam import CAM, CamSystem
 from wsss_ops.training.comparison import compare
-from wsss_ops.training.inference import infer_cams, infer_parts
+from wsss_ops.training.inference import infer_parts
 from wsss_ops.training.loop import seed_everything
 from wsss_ops.training.processes import Processes
 from wsss_ops.training.settings import Settings
@@ -208,6 +209,16 @@ def test_the_bank_survives_a_checkpoint(tmp_path: Path) -> None:
     assert all(map(torch.equal, *drawn))
 
 
+def test_a_model_file_of_an_earlier_version_is_named(tmp_path):
+    system, file = make(stage=SFC), tmp_path / "model.pt"
+    state = system.network.state_dict()
+    state["bank._extra_state"] = {"images": [], "slots": {}}  # as it was once
+    model = {"system": "sfc", "settings": dataclasses.asdict(system.settings), "classes": ("background", "a", "b")}
+    checkpoints.save(file, model | {"network": state})
+    with pytest.raises(ValueError, match=r"model\.pt was written by an earlier version, which .* 'num_classes'"):
+        evaluate.load_system(file)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_coefficients_come_from_the_training_tags(processes: int) -> None:
     tags = torch.zeros(10, 4, dtype=torch.bool)
@@ -257,7 +268,7 @@ def test_the_cam_is_the_refined_one_and_a_share_of_the_prototypes() -> None:
     images, tags = pictures()
     classifier, refined, prototype = infer_parts(system, images, tags, (1.0, 0.5))
     assert list(system.parts) == ["classifier", "refined", "prototype"]
-    alone = CamSystem(Settings(**SMALL), 3)
+    alone = CamSystem(Settings(**SMALL), 3, wsss_ops)
     alone.network.load_state_dict(system.network.state_dict(), strict=False)
     alone.network.eval()
     assert torch.allclose(classifier, infer_cams(alone, images, tags, (1.0, 0.5)), atol=1e-6)

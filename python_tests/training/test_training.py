@@ -16,6 +16,9 @@ from training.runs import ENVIRONMENT, RUNNER, command, evaluate_here, train_apa
 from training.systems import TwoStages
 from training.voc_folder import make_voc
 
+import wsss_ops
+from wsss_ops.__main__ import main
+from wsss_ops._files import write_atomic
 from wsss_ops.training import checkpoints
 from wsss_ops.training.batches import Batch, TrainingBatches
 from wsss_ops.training.cam import CamSystem
@@ -105,7 +108,7 @@ def test_the_command_runs_under_torchrun(voc: Path, unbroken: tuple[Path, str], 
 
 
 TWO_RANKS = """
-import sys, torch
+import sys, torch, wsss_ops
 from pathlib import Path
 from torch import nn
 from wsss_ops.training.cam import CamSystem
@@ -131,7 +134,7 @@ with join_processes("cpu") as processes:
     torch.set_num_threads(1)
     settings = Settings(data=sys.argv[1], backbone="tiny", size=32, epochs=1, batch_size=4)
     torch.manual_seed(processes.rank)
-    system, data = CamSystem(settings, 21), open_dataset(sys.argv[1], "val")
+    system, data = CamSystem(settings, 21, wsss_ops), open_dataset(sys.argv[1], "val")
     batches = TrainingBatches(open_dataset(sys.argv[1], "train"), size=32, batch_size=4, seed=0, workers=0,
                               processes=processes)
     Training(system, batches, processes, Path(sys.argv[2]), save_every=0, about={}).run()
@@ -200,8 +203,6 @@ def test_a_folder_of_something_else_is_left_alone(
         (["--lr", "nan"], "lr must be finite, got nan"),
         (["--backbone-lr", "-1"], "backbone_lr must be at least 0, got -1.0"),
         (["--seed", "-1"], "seed must be at least 0, got -1"),
-        (["--workers", "-1"], "--workers must be at least 0, got -1"),
-        (["--panels", "-1"], "--panels must be at least 0, got -1"),
         (["--output-stride", "32"], "output_stride of tiny"),
         (["--weights", "absent.pth"], "absent.pth is not a readable PyTorch file"),
         (["--tune-blocks", "99"], "tune_blocks must be"),
@@ -224,13 +225,29 @@ def test_evaluate_repeats_the_figures_of_training(
     assert "mIoU" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("option", "message"), [("--scales", "scales must be"), ("--panels", "--panels must be")])
-def test_evaluate_refuses_bad_options(
-    unbroken: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, message: str
+def test_evaluate_refuses_bad_scales(
+    unbroken: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate_here(unbroken[0], tmp_path / "out", option, -1) == 2
-    assert message in capsys.readouterr().err
+    assert evaluate_here(unbroken[0], tmp_path / "out", "--scales", -1) == 2
+    assert "scales must be" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "cam", "--workers"],
+        ["train", "cam", "--panels"],
+        ["evaluate", "--checkpoint", "somewhere", "--panels"],
+    ],
+)
+def test_counts_below_0_are_usage_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        main([*command, "-1", "--out", str(tmp_path / "out")])
+    assert error.value.code == 2
+    assert f"argument {command[-1]}: must be a whole number of at least 0, got -1" in capsys.readouterr().err
 
 
 def test_evaluate_tells_what_it_cannot_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,7 +281,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpoints.write_atomic(path, fail)
+        write_atomic(path, fail)
     assert checkpoints.load(path) == {"value": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["x.pt"]
 
@@ -341,10 +358,10 @@ def test_comparison_of_operators_finds_equal_and_different_ones(voc: Path) -> No
 
 def test_cam_network_learns_only_what_is_asked(voc: Path) -> None:
     settings = Settings(data=str(voc), backbone="tiny", tune_blocks=1)
-    system = CamSystem(settings, 21)
+    system = CamSystem(settings, 21, wsss_ops)
     groups = system.enter(0)
     assert [group["lr"] for group in groups] == [settings.lr, settings.backbone_lr]
-    batch = Batch(torch.randn(2, 3, 32, 32), torch.zeros(2, 20), torch.ones(2, 32, 32).bool(), torch.arange(2))
+    batch = Batch(torch.randn(2, 3, 32, 32), torch.zeros(2, 20), torch.ones(2, 32, 32).bool())
     system.loss(batch)[0].backward()
     learning = {name for name, parameter in system.network.named_parameters() if parameter.grad is not None}
     assert {name.rsplit(".", 1)[0] for name in learning} == {

@@ -26,14 +26,13 @@ class Batch(NamedTuple):
     images: Tensor  # float32 [N, 3, S, S], normalised
     tags: Tensor  # float32 [N, C-1]
     valid: Tensor  # bool [N, S, S], false on crop padding
-    indices: Tensor  # int64 [N], into the data set
     masks: Tensor | None = None  # uint8 [N, S, S], 255 for void and crop padding; None for systems that use none
 
     def to(self, device: torch.device) -> "Batch":
         images = self.images.to(device, memory_format=torch.channels_last, non_blocking=True)
-        tags, valid, indices = (part.to(device, non_blocking=True) for part in self[1:4])
+        tags, valid = (part.to(device, non_blocking=True) for part in (self.tags, self.valid))
         masks = None if self.masks is None else self.masks.to(device, non_blocking=True)
-        return Batch(images, tags, valid, indices, masks)
+        return Batch(images, tags, valid, masks)
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -97,7 +96,7 @@ class _Views(torch.utils.data.Dataset):
             self.kept[key[1]] = sample
         generator = np.random.default_rng((self.seed, *key))
         image, valid, mask = augment(sample.image, sample.mask, self.size, generator)
-        parts = (image, sample.tags.float(), valid, key[1])
+        parts = (image, sample.tags.float(), valid)
         return (*parts, mask) if self.masks else parts
 
 

@@ -13,7 +13,7 @@ from wsss_ops.training import checkpoints
 from wsss_ops.training.backbones import Backbone, build_backbone
 from wsss_ops.training.batches import Batch
 from wsss_ops.training.settings import Settings, option
-from wsss_ops.training.system import Stage, System
+from wsss_ops.training.system import Classifier, Stage
 
 CAM = 0  # the stage
 
@@ -26,6 +26,7 @@ class SettingsAfterCam(Settings):
         str,
         None,
         "finished cam run, or its model.pt, to take the stage cam from, instead of training it for --epochs",
+        path=True,
     )
 
 
@@ -72,14 +73,13 @@ class StagedCamNetwork(CamNetwork):
         self.stage = state["stage"]
 
 
-class CamSystem(System):
+class CamSystem(Classifier):
     """Image classification with the labels as the only supervision."""
 
     uses_ops = False
     network: CamNetwork
 
-    def __init__(self, settings: Settings, num_classes: int, ops: ModuleType | None = None, *,
-                 pretrained: bool = True) -> None:  # fmt: skip
+    def __init__(self, settings: Settings, num_classes: int, ops: ModuleType, *, pretrained: bool = True) -> None:
         self.settings = settings
         backbone = build_backbone(settings.backbone, settings.weights, settings.output_stride, pretrained=pretrained)
         backbone.tune(settings.tune_blocks)  # here too, so that a number out of range fails before a run begins
@@ -108,13 +108,14 @@ class CamSystem(System):
         return self.network.backbone.stride
 
 
-def read_start(settings: SettingsAfterCam, classes: Sequence[str]) -> dict[str, Tensor]:
-    """The network of the finished CAM run that settings.start names.
+def read_start(settings: Settings, classes: Sequence[str]) -> dict[str, Tensor] | None:
+    """The network of the finished CAM run that settings.start names; None where it names none.
 
     Raises ValueError where there is none, and where its classes, backbone, output stride or imbalance are not those
     asked for.
     """
-    assert settings.start is not None
+    if not isinstance(settings, SettingsAfterCam) or settings.start is None:
+        return None
     path = Path(settings.start)
     file = path / checkpoints.MODEL if path.is_dir() else path
     if not file.is_file():

@@ -1,44 +1,15 @@
 """Run folders: settings, resumable checkpoints and results, each written under its final name in one step."""
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+from torch import nn
+
+from wsss_ops._files import read_json, write_atomic, write_json
 
 SETTINGS, CHECKPOINT, MODEL, METRICS = "settings.json", "checkpoint.pt", "model.pt", "metrics.json"
-
-
-def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Calls write on a temporary file beside path, brings it to disk and gives it its name.
-
-    A reader, or a run after a crash, finds the old file or the new one, never a part.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes content as readable JSON, atomically."""
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_atomic(path, lambda file: file.write(text.encode()))
-
-
-def read_json(path: Path) -> Any:
-    """Reads what `write_json` wrote. Raises ValueError naming the file where it is no JSON."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -56,6 +27,18 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises half a dozen types for damaged files, some with pages of advice
         cause = str(error).split("\n")[0].split(". ")[0]
         raise ValueError(f"{path} is not a readable PyTorch file of tensors: {cause}") from error
+
+
+def restore(network: nn.Module, content: dict[str, Any], path: Path) -> None:
+    """Gives network the state that a file of a run, loaded from path, has of it.
+
+    Raises ValueError naming the file where it does not fit.
+    """
+    try:
+        network.load_state_dict(content["network"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} was written by an earlier version, which this one cannot read ({cause})") from error
 
 
 def check_claim(out: Path, settings: dict[str, Any]) -> None:

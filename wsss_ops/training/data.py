@@ -53,6 +53,11 @@ class Dataset(Protocol):
         ...
 
 
+def with_background(tags: Tensor) -> Tensor:
+    """tags [..., C-1] of the foreground -> [..., C], the background always present, of the dtype of tags."""
+    return torch.cat([torch.ones_like(tags[..., :1]), tags], -1)
+
+
 def open_dataset(path: str | os.PathLike[str] | None, split: str, *, check: str = "auto") -> Dataset:
     """Opens a split ("train", "dev" or "val") of a VOC-layout folder or zip, or of the generated scenes (path None).
 

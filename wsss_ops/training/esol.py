@@ -26,35 +26,27 @@ EXPANSION, SHRINKAGE = 1, 2  # the stages behind the CAM
 class EsolSettings(SettingsAfterCam):
     """Settings of ESOL: those of the CAM stage, and of the two samplers."""
 
-    expansion_epochs: int = option(int, 1, "passes over the training images in the expansion stage")
-    shrinkage_epochs: int = option(int, 2, "passes over the training images in the shrinkage stage")
-    expansion_lr: float = option(float, 3e-5, "learning rate of the expansion's offsets")
-    shrinkage_lr: float = option(float, 3e-5, "learning rate of the shrinkage's offsets")
+    expansion_epochs: int = option(int, 1, "passes over the training images in the expansion stage", above=0)
+    shrinkage_epochs: int = option(int, 2, "passes over the training images in the shrinkage stage", above=0)
+    expansion_lr: float = option(float, 3e-5, "learning rate of the expansion's offsets", above=0)
+    shrinkage_lr: float = option(float, 3e-5, "learning rate of the shrinkage's offsets", above=0)
     expansion_classifier_lr: float = option(
-        float, 0.0, "learning rate of the classifier in the expansion stage; 0: it stays fixed"
+        float, 0.0, "learning rate of the classifier in the expansion stage; 0: it stays fixed", at_least=0
     )
     shrinkage_classifier_lr: float = option(
-        float, 1e-3, "learning rate of the classifier in the shrinkage stage; 0: it stays fixed"
+        float, 1e-3, "learning rate of the classifier in the shrinkage stage; 0: it stays fixed", at_least=0
     )
     expansion_at: str = option(
         str, "features", "what the expansion samples: the backbone's features, with the weight of the 3x3 layer behind "
         "them, or the maps of that layer, with the identity", choices=("features", "maps"),
     )  # fmt: skip
-    expansion_offset: float = option(float, 4.0, "bound of the expansion's offsets, in cells of the map")
-    shrinkage_offset: float = option(float, 1.0, "bound of the shrinkage's offsets, in cells of the map")
-    alpha: float = option(float, 1.0, "weight of the inverse supervision, -alpha times the classification loss")
-    beta: float = option(float, 0.7, "feature clipping: limit as a share of the image's largest feature")
-    area: float = option(float, 0.3, "weight of the area loss in the shrinkage stage (the paper's lambda)")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive = ("expansion_epochs", "shrinkage_epochs", "expansion_lr", "shrinkage_lr", "alpha", "beta")
-        for name in (*positive, "expansion_offset", "shrinkage_offset"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("expansion_classifier_lr", "shrinkage_classifier_lr", "area"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+    expansion_offset: float = option(float, 4.0, "bound of the expansion's offsets, in cells of the map", above=0)
+    shrinkage_offset: float = option(float, 1.0, "bound of the shrinkage's offsets, in cells of the map", above=0)
+    alpha: float = option(
+        float, 1.0, "weight of the inverse supervision, -alpha times the classification loss", above=0
+    )
+    beta: float = option(float, 0.7, "feature clipping: limit as a share of the image's largest feature", above=0)
+    area: float = option(float, 0.3, "weight of the area loss in the shrinkage stage (the paper's lambda)", at_least=0)
 
 
 class EsolNetwork(StagedCamNetwork):
@@ -129,9 +121,7 @@ class EsolSystem(CamSystem):
     uses_ops = True
     network: EsolNetwork
 
-    def __init__(self, settings: EsolSettings, num_classes: int, ops: ModuleType | None, *,
-                 pretrained: bool = True) -> None:  # fmt: skip
-        assert ops is not None
+    def __init__(self, settings: EsolSettings, num_classes: int, ops: ModuleType, *, pretrained: bool = True) -> None:
         super().__init__(settings, num_classes, ops, pretrained=pretrained)
         self.network = EsolNetwork(self.network.backbone, num_classes - 1, ops, settings)
 

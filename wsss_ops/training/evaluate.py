@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 from wsss_ops.training import checkpoints
+from wsss_ops.training.arguments import add_common_arguments
 from wsss_ops.training.data import open_dataset
 from wsss_ops.training.processes import join_processes
-from wsss_ops.training.report import can_draw_curves, evaluate_and_report
-from wsss_ops.training.settings import check_scales
-from wsss_ops.training.system import Segmenter, System
+from wsss_ops.training.report import can_draw_curve, evaluate_and_report
+from wsss_ops.training.system import Classifier, Segmenter
 from wsss_ops.training.train import SYSTEMS, load_ops
 
 
@@ -19,32 +19,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="model.pt, or the run folder that holds it")
     parser.add_argument("--data", help="VOC-layout folder or zip; default: what the model was trained on")
     parser.add_argument("--scales", type=float, nargs="+", help="image scales; default: those of its training run")
-    parser.add_argument("--panels", type=int, default=8, help="images shown in panels.png (default: 8)")
     parser.add_argument("--baseline", help="for runs of ocr: another one to compare figures and pictures with")
     parser.add_argument("--out", type=Path, required=True, help="folder for metrics.json and pictures")
     parser.add_argument(
         "--ops", choices=("fused", "reference"), default="fused", help="which operators (default: fused)"
     )
-    parser.add_argument(
-        "--check",
-        choices=("auto", "headers", "full"),
-        default="auto",
-        help="how closely to check the data (default: auto, full up to 5000 images)",
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    add_common_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs the parsed command; returns the exit status."""
     try:
-        if args.panels < 0:
-            raise ValueError(f"--panels must be at least 0, got {args.panels}")
         if (args.out / checkpoints.SETTINGS).exists():
             raise ValueError(f"{args.out} is the folder of a training run, whose figures stay; choose another --out")
         with join_processes(args.device) as processes:
             system, classes = load_system(args.checkpoint, args.ops)
-            scales = tuple(args.scales or system.settings.scales)
-            check_scales(scales)
+            if args.scales is not None:
+                system.settings = dataclasses.replace(system.settings, scales=tuple(args.scales))
             if args.baseline is not None:
                 if not isinstance(system, Segmenter):
                     raise ValueError(f"--baseline is for runs of ocr, {args.checkpoint} is none")
@@ -56,8 +47,8 @@ def main(args: argparse.Namespace) -> int:
                 raise ValueError(f"the model knows the classes {', '.join(classes)}; {path} has others")
             system.network.to(processes.device)
             evaluate_and_report(
-                system, data["dev"], data["val"], scales, processes, args.out, panels=args.panels,
-                curve=can_draw_curves(processes), details={"checkpoint": str(args.checkpoint)},
+                system, data["dev"], data["val"], processes, args.out, panels=args.panels,
+                curve=can_draw_curve(system, processes), details={"checkpoint": str(args.checkpoint)},
             )  # fmt: skip
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -65,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_system(path: Path, ops: str = "fused") -> tuple[System, tuple[str, ...]]:
+def load_system(path: Path, ops: str = "fused") -> tuple[Classifier | Segmenter, tuple[str, ...]]:
     """Loads a trained model from its file or run folder; returns it with its classes, background first.
 
     Raises ValueError where there is none or it cannot be read.
@@ -78,8 +69,7 @@ def load_system(path: Path, ops: str = "fused") -> tuple[System, tuple[str, ...]
         raise ValueError(f"{file} is no model of {', '.join(SYSTEMS)}")
     kind = SYSTEMS[content["system"]]
     settings = kind.Settings(**content["settings"])
-    operators = load_ops(ops) if kind.uses_ops else None
-    system = kind(settings, len(content["classes"]), operators, pretrained=False)
-    system.network.load_state_dict(content["network"])
+    system = kind(settings, len(content["classes"]), load_ops(ops), pretrained=False)
+    checkpoints.restore(system.network, content, file)
     system.class_images = content.get("class_images")  # which older files lack
     return system, tuple(content["classes"])

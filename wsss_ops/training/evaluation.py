@@ -12,7 +12,7 @@ from wsss_ops.training.data import VOID, Dataset
 from wsss_ops.training.imbalance import group_table
 from wsss_ops.training.inference import combine, stream_parts
 from wsss_ops.training.processes import Processes
-from wsss_ops.training.system import System
+from wsss_ops.training.system import Classifier
 
 THRESHOLDS = torch.arange(101) / 100
 
@@ -72,7 +72,7 @@ def curves(confusion: Tensor, report_classes: Sequence[int]) -> dict[str, Tensor
 COMBINED = "combined"
 
 
-def count_pixels(system: System, dataset: Dataset, scales: Sequence[float], processes: Processes,
+def count_pixels(system: Classifier, dataset: Dataset, scales: Sequence[float], processes: Processes,
                  title: str) -> dict[str, ThresholdCounts]:  # fmt: skip
     """Runs CAM inference over a data set, every image once, shared among the processes; all get the same counts.
 
@@ -90,7 +90,7 @@ def count_pixels(system: System, dataset: Dataset, scales: Sequence[float], proc
     return counts
 
 
-def evaluate(system: System, development: Dataset, validation: Dataset, scales: Sequence[float],
+def evaluate(system: Classifier, development: Dataset, validation: Dataset, scales: Sequence[float],
              processes: Processes) -> dict[str, Any]:  # fmt: skip
     """Chooses the background threshold by mIoU on the development split and measures there and on validation.
 

@@ -8,12 +8,21 @@ from torch.nn import functional as F
 
 from wsss_ops.training.batches import normalize
 from wsss_ops.training.data import Dataset, Sample
-from wsss_ops.training.system import System
+from wsss_ops.training.system import Classifier
+
+
+def rescale(pictures: Tensor, scale: float, stride: int) -> Tensor:
+    """pictures float [N, 3, H, W], resized by scale to the nearest sides of stride * k + 1 pixels.
+
+    On these the corners of map and image coincide, so the map is not shifted (see backbones.py).
+    """
+    size = [stride * max(1, round((side - 1) * scale / stride)) + 1 for side in pictures.shape[2:]]
+    return F.interpolate(pictures, size, mode="bilinear", align_corners=True)
 
 
 @torch.no_grad()
 def infer_parts(
-    system: System, images: Tensor, tags: Tensor, scales: Sequence[float], flip: bool = True
+    system: Classifier, images: Tensor, tags: Tensor, scales: Sequence[float], flip: bool = True
 ) -> list[Tensor]:
     """images uint8 [N, 3, H, W], tags bool [N, C-1] -> per part of the system's CAM float32 [N, C-1, H, W] in 0..1,
     zero where not tagged.
@@ -22,14 +31,11 @@ def infer_parts(
     per map + 1e-5. The network must be in eval mode.
     """
     height, width = images.shape[2:]
-    stride = system.stride
     pictures = normalize(images)
     present = torch.cat([tags, tags]) if flip else tags
     totals = [torch.zeros(len(images), tags.shape[1], height, width, device=images.device) for _ in system.parts]
     for scale in scales:
-        # On stride * k + 1 pixels the corners of map and image coincide, so the CAM is not shifted (see backbones.py).
-        size = [stride * max(1, round((side - 1) * scale / stride)) + 1 for side in (height, width)]
-        scaled = F.interpolate(pictures, size, mode="bilinear", align_corners=True)
+        scaled = rescale(pictures, scale, system.stride)
         views = torch.cat([scaled, scaled.flip(-1)]) if flip else scaled
         with system.autocast(images.device):
             parts = system.cams(views.contiguous(memory_format=torch.channels_last), present)
@@ -42,15 +48,20 @@ def infer_parts(
     return [total / (total.amax((2, 3), keepdim=True) + 1e-5) for total in masked]
 
 
-def combine(system: System, parts: Sequence[Tensor]) -> Tensor:
+def combine(system: Classifier, parts: Sequence[Tensor]) -> Tensor:
     """The CAM of the system: the mean of its parts with their weights."""
     weights = torch.tensor(list(system.parts.values()), device=parts[0].device)
     return torch.tensordot(weights / weights.sum(), torch.stack(list(parts)), 1)
 
 
-def infer_cams(system: System, images: Tensor, tags: Tensor, scales: Sequence[float], flip: bool = True) -> Tensor:
-    """The parts of `infer_parts` as one CAM [N, C-1, H, W] in 0..1."""
-    return combine(system, infer_parts(system, images, tags, scales, flip))
+def with_threshold(cams: Tensor, threshold: float) -> Tensor:
+    """cams [C-1, H, W] -> scores [C, H, W] whose background is the threshold everywhere; the label is their argmax."""
+    return torch.cat([torch.full_like(cams[:1], threshold), cams])
+
+
+def images_at_once(device: torch.device) -> int:
+    """Small maps leave a GPU idle; a CPU gains nothing from more than an image and its flip."""
+    return 8 if device.type == "cuda" else 1
 
 
 def equal_sizes(dataset: Dataset, indices: Sequence[int], batch_size: int) -> Iterator[list[Sample]]:
@@ -67,19 +78,18 @@ def equal_sizes(dataset: Dataset, indices: Sequence[int], batch_size: int) -> It
 
 
 def stream_parts(
-    system: System, dataset: Dataset, indices: Sequence[int], scales: Sequence[float], device: torch.device
+    system: Classifier, dataset: Dataset, indices: Sequence[int], scales: Sequence[float], device: torch.device
 ) -> Iterator[tuple[Sample, tuple[Tensor, ...]]]:
     """Yields each sample with its parts [C-1, H, W] on device. Memory is that of one batch, whatever the data set."""
     system.network.eval()
-    # Small maps leave a GPU idle; a CPU gains nothing from more than an image and its flip.
-    for samples in equal_sizes(dataset, indices, 8 if device.type == "cuda" else 1):
+    for samples in equal_sizes(dataset, indices, images_at_once(device)):
         images, tags = (torch.stack([getattr(s, part) for s in samples]).to(device) for part in ("image", "tags"))
         found = infer_parts(system, images, tags, scales)
         yield from zip(samples, zip(*found, strict=True), strict=True)
 
 
 def stream_cams(
-    system: System, dataset: Dataset, indices: Sequence[int], scales: Sequence[float], device: torch.device
+    system: Classifier, dataset: Dataset, indices: Sequence[int], scales: Sequence[float], device: torch.device
 ) -> Iterator[tuple[Sample, Tensor]]:
     """Yields each sample with its CAMs [C-1, H, W] on device, made of the parts of `stream_parts`."""
     for sample, parts in stream_parts(system, dataset, indices, scales, device):

@@ -94,7 +94,7 @@ class Training:
         start, state = Position(0, 0, 0), None
         if self.checkpoint.exists():
             state = checkpoints.load(self.checkpoint)
-            network.load_state_dict(state["network"])
+            checkpoints.restore(network, state, self.checkpoint)
             start = Position(*state["position"])
             self._began -= state["seconds"]
             position = f"{self.stages[start.stage].name}, epoch {start.epoch + 1}, step {start.step + 1}"

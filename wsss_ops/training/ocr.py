@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wsss_ops._files import read_json
 from wsss_ops.training import checkpoints
 from wsss_ops.training.backbones import Backbone, build_backbone
 from wsss_ops.training.batches import Batch
-from wsss_ops.training.data import VOID, Dataset, fingerprint
+from wsss_ops.training.data import VOID, Dataset, fingerprint, with_background
 from wsss_ops.training.processes import Processes
 from wsss_ops.training.pseudo_labels import FOLDER, RECORD, PseudoLabelled, make_pseudo_labels
 from wsss_ops.training.settings import Settings, option
-from wsss_ops.training.system import Segmenter, Stage, System
+from wsss_ops.training.system import Classifier, Segmenter, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,38 +30,39 @@ class OcrSettings(Settings):
 
     cams: str | None = option(
         str, None, "finished run of a CAM system, whose CAMs of the training images become pseudo-labels; or a run of "
-        "this system, whose pseudo-labels are used again",
+        "this system, whose pseudo-labels are used again", path=True,
     )  # fmt: skip
     cam_threshold: float | None = option(
-        float, None, "background threshold of the pseudo-labels; default: that of the CAM run's evaluation"
+        float,
+        None,
+        "background threshold of the pseudo-labels; default: that of the CAM run's evaluation",
+        at_least=0,
+        at_most=1,
     )
-    ocr_weight: float = option(float, 0.1, "weight of the OCR loss beside cross-entropy (the paper's lambda); 0: none")
+    ocr_weight: float = option(
+        float, 0.1, "weight of the OCR loss beside cross-entropy (the paper's lambda); 0: none", at_least=0
+    )
     ocr_threshold: float = option(
         float, 0.0, "a candidate is ranked above the other classes if its correlation with the predicted class is at "
-        "least this share of the largest; 0: all candidates",
+        "least this share of the largest; 0: all candidates", at_least=0, at_most=1,
     )  # fmt: skip
     ocr_margin: float = option(float, 0.0, "by how much candidates are to exceed the other classes' logits")
-    ocr_scale: float = option(float, 1.0, "what logits are multiplied by in the ranking")
+    ocr_scale: float = option(float, 1.0, "what logits are multiplied by in the ranking", above=0)
     prior: str = option(
         str, "tags", "correlation of classes: that of the training labels, or none", choices=("tags", "none")
     )
     baseline: str | None = option(
-        str, None, "finished run of this system, for example without OCR, to compare figures and pictures with"
+        str, None, "finished run of this system, for example without OCR, to compare figures and pictures with",
+        recorded="never",
+    )  # fmt: skip
+    scales: tuple[float, ...] = option(
+        float, (1.0,), "image scales of inference, each with its flip", nargs="+", above=0
     )
-    scales: tuple[float, ...] = option(float, (1.0,), "image scales of inference, each with its flip", nargs="+")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cams is None:
             raise ValueError("cams must name a finished run of a CAM system, got none")
-        if self.cam_threshold is not None and not 0 <= self.cam_threshold <= 1:
-            raise ValueError(f"cam_threshold must be from 0 to 1, got {self.cam_threshold}")
-        if self.ocr_weight < 0:
-            raise ValueError(f"ocr_weight must not be negative, got {self.ocr_weight}")
-        if not 0 <= self.ocr_threshold <= 1:
-            raise ValueError(f"ocr_threshold must be from 0 to 1, got {self.ocr_threshold}")
-        if self.ocr_scale <= 0:
-            raise ValueError(f"ocr_scale must be above 0, got {self.ocr_scale}")
 
 
 class SegmentationNetwork(nn.Module):
@@ -87,9 +89,7 @@ class OcrSystem(Segmenter):
     Settings: ClassVar[type[Settings]] = OcrSettings
     network: SegmentationNetwork
 
-    def __init__(self, settings: OcrSettings, num_classes: int, ops: ModuleType | None, *,
-                 pretrained: bool = True) -> None:  # fmt: skip
-        assert ops is not None
+    def __init__(self, settings: OcrSettings, num_classes: int, ops: ModuleType, *, pretrained: bool = True) -> None:
         self.settings, self.ops = settings, ops
         backbone = build_backbone(settings.backbone, settings.weights, settings.output_stride, pretrained=pretrained)
         backbone.tune(settings.tune_blocks)
@@ -131,14 +131,14 @@ class OcrSystem(Segmenter):
     def stride(self) -> int:
         return self.network.backbone.stride
 
-    def pseudo_labelled(self, dataset: Dataset, out: Path) -> Dataset:
+    def training_images(self, dataset: Dataset, out: Path) -> Dataset:
         if (found := self.baseline()) is not None and len(found[0].network.prior) != len(dataset.classes):
             raise ValueError(f"baseline: {self.settings.baseline} knows other classes than the data have")
         given = Path(self.settings.cams) / FOLDER
         if not (given / RECORD).exists():
             self._source(dataset)  # before anything is made
             return PseudoLabelled(dataset, out / FOLDER)
-        record, threshold = checkpoints.read_json(given / RECORD), self.settings.cam_threshold
+        record, threshold = read_json(given / RECORD), self.settings.cam_threshold
         if record["training_images"] != fingerprint(dataset):
             raise ValueError(
                 f"cams: the pseudo-labels of {given} are of {record['training_images']}, not of these data"
@@ -164,9 +164,9 @@ class OcrSystem(Segmenter):
         system, _ = _load("baseline", path)
         if not isinstance(system, OcrSystem) or not (path / checkpoints.METRICS).exists():
             raise ValueError(f"baseline: {path} is no finished and evaluated run of this system")
-        return system, checkpoints.read_json(path / checkpoints.METRICS)
+        return system, read_json(path / checkpoints.METRICS)
 
-    def _source(self, dataset: Dataset) -> tuple[Any, float]:
+    def _source(self, dataset: Dataset) -> tuple[Classifier, float]:
         """The CAM system and the threshold of the pseudo-labels.
 
         Raises ValueError for what is missing or does not fit.
@@ -181,11 +181,11 @@ class OcrSystem(Segmenter):
             metrics = path / checkpoints.METRICS
             if not metrics.exists():
                 raise ValueError(f"cam_threshold must be given, because {path} holds no {checkpoints.METRICS} with one")
-            threshold = checkpoints.read_json(metrics)["threshold"]
+            threshold = read_json(metrics)["threshold"]
         return system, threshold
 
 
-def _load(option: str, path: Path) -> tuple[System, tuple[str, ...]]:
+def _load(option: str, path: Path) -> tuple[Classifier | Segmenter, tuple[str, ...]]:
     """`load_system`, whose errors name the option."""
     from wsss_ops.training.evaluate import load_system  # which imports the table of systems, with this one in it
 
@@ -193,8 +193,3 @@ def _load(option: str, path: Path) -> tuple[System, tuple[str, ...]]:
         return load_system(path)
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from error
-
-
-def with_background(tags: Tensor) -> Tensor:
-    """tags [N, C-1] of the foreground -> [N, C], the background always present."""
-    return torch.cat([torch.ones_like(tags[:, :1]), tags], 1)

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from wsss_ops.training.checkpoints import write_atomic
-from wsss_ops.training.data import VOID
+from wsss_ops._files import write_atomic
+from wsss_ops.training.data import VOID, Sample
 
 Array = Tensor | NDArray[np.generic]
 Pixels = NDArray[np.uint8]
@@ -32,6 +32,9 @@ _VISIBLE, _MOST_TIMES_LONGER = 4, 50  # pixels that a displacement is drawn long
 _HEAT = ((0.06, 0.05, 0.26), (0.16, 0.26, 0.78), (0.10, 0.72, 0.68), (0.99, 0.84, 0.20), (0.86, 0.10, 0.06))
 
 
+PANELS = "panels.png"
+
+
 class Row(NamedTuple):
     """One row of a panel; tensors on the CPU, or arrays."""
 
@@ -40,6 +43,17 @@ class Row(NamedTuple):
     score: Array  # float [K, H, W] in 0..1, maps of foreground classes
     prediction: Array  # uint8 [H, W]
     title: str
+
+
+def make_row(sample: Sample, scores: Tensor, classes: Sequence[str]) -> Row:
+    """The row of an image whose classes have the scores [C, H, W], background first."""
+    scores = scores.cpu()
+    return Row(sample.image, sample.mask, scores[1:], scores.argmax(0).byte(), title_of(sample, classes))
+
+
+def title_of(sample: Sample, classes: Sequence[str]) -> str:
+    """The name of an image and its tags."""
+    return f"{sample.name}: {', '.join(classes[int(index) + 1] for index in sample.tags.nonzero())}"
 
 
 @functools.cache

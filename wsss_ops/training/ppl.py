@@ -28,16 +28,16 @@ class PplSettings(SettingsAfterCam):
     )  # fmt: skip
     positions: tuple[int, ...] = option(
         int, None, "where maps are split: how many of the backbone's last blocks run on patches; the 3x3 layer "
-        "behind them always does, with 0 that alone (default: 6 2, tiny 3 2)", nargs="+",
+        "behind them always does, with 0 that alone (default: 6 2, tiny 3 2)", nargs="+", at_least=0,
     )  # fmt: skip
     grids: tuple[int, ...] = option(
-        int, (2, 4), "patches per row and per column of a map, for each position", nargs="+"
+        int, (2, 4), "patches per row and per column of a map, for each position", nargs="+", above=0
     )
     stage_epochs: int = option(
-        int, None, "passes over the training images in each stage of patch learning (default: 1, tiny 2)"
+        int, None, "passes over the training images in each stage of patch learning (default: 1, tiny 2)", above=0
     )
     stage_rate: float = option(
-        float, 0.3, "learning rates in the stages of patch learning, as multiples of --lr and --backbone-lr"
+        float, 0.3, "learning rates in the stages of patch learning, as multiples of --lr and --backbone-lr", above=0
     )
 
     def __post_init__(self) -> None:
@@ -46,15 +46,8 @@ class PplSettings(SettingsAfterCam):
         for name, default in (("positions", (3, 2) if tiny else (6, 2)), ("stage_epochs", 2 if tiny else 1)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-        for name in ("stage_epochs", "stage_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not self.positions or min(self.positions) < 0:
-            raise ValueError(f"positions must be one or more numbers of at least 0, got {self.positions}")
-        if len(self.grids) != len(self.positions) or min(self.grids) < 1:
-            raise ValueError(
-                f"grids must be as many numbers above 0 as positions has, {len(self.positions)}, got {self.grids}"
-            )
+        if len(self.grids) != len(self.positions):
+            raise ValueError(f"grids must be as many numbers as positions has, {len(self.positions)}, got {self.grids}")
         cells = math.ceil(self.size / self.output_stride)
         if max(self.grids) > cells:
             raise ValueError(f"grids must be at most {cells}, the cells of a crop's side, got {self.grids}")
@@ -110,9 +103,7 @@ class PplSystem(CamSystem):
     uses_ops = True
     network: PplNetwork
 
-    def __init__(self, settings: PplSettings, num_classes: int, ops: ModuleType | None, *,
-                 pretrained: bool = True) -> None:  # fmt: skip
-        assert ops is not None
+    def __init__(self, settings: PplSettings, num_classes: int, ops: ModuleType, *, pretrained: bool = True) -> None:
         super().__init__(settings, num_classes, ops, pretrained=pretrained)
         backbone = self.network.backbone
         if max(settings.positions) > len(backbone.blocks):

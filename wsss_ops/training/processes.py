@@ -1,4 +1,4 @@
-"""One process or several: device, threads, sums over processes. Nothing here changes what a run computes."""
+"""One process or several: device, threads, and what processes exchange."""
 
 import os
 from collections.abc import Iterable, Iterator

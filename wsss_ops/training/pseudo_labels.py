@@ -10,12 +10,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from wsss_ops.training import checkpoints
+from wsss_ops._files import write_atomic, write_json
 from wsss_ops.training.data import Dataset, Sample, fingerprint
-from wsss_ops.training.inference import stream_cams
+from wsss_ops.training.inference import stream_cams, with_threshold
 from wsss_ops.training.pictures import palette
 from wsss_ops.training.processes import Processes
-from wsss_ops.training.system import System
+from wsss_ops.training.system import Classifier
 
 FOLDER, RECORD = "pseudo_labels", "labels.json"
 
@@ -52,8 +52,8 @@ def read_label(folder: Path, sample: Sample) -> Tensor:
 
 
 def make_pseudo_labels(
-    system: System, dataset: Dataset, scales: tuple[float, ...], threshold: float, folder: Path, processes: Processes,
-    about: dict[str, Any],
+    system: Classifier, dataset: Dataset, scales: tuple[float, ...], threshold: float, folder: Path,
+    processes: Processes, about: dict[str, Any],
 ) -> None:  # fmt: skip
     """Labels every image with its class of highest CAM, or background where none exceeds threshold.
 
@@ -70,12 +70,11 @@ def make_pseudo_labels(
     bar = tqdm(stream, "pseudo-labels", len(mine), initial=len(mine) - len(todo),
                disable=None if processes.is_main else True)  # fmt: skip
     for sample, cams in bar:
-        scores = torch.cat([torch.full_like(cams[:1], threshold), cams])
-        picture = Image.fromarray(scores.argmax(0).byte().cpu().numpy(), "P")
+        picture = Image.fromarray(with_threshold(cams, threshold).argmax(0).byte().cpu().numpy(), "P")
         picture.putpalette(palette().tobytes())
-        checkpoints.write_atomic(folder / f"{sample.name}.png", functools.partial(picture.save, format="PNG"))
+        write_atomic(folder / f"{sample.name}.png", functools.partial(picture.save, format="PNG"))
     processes.wait()
     if processes.is_main:
         record = about | {"threshold": threshold, "scales": list(scales), "training_images": fingerprint(dataset)}
-        checkpoints.write_json(folder / RECORD, record)
+        write_json(folder / RECORD, record)
     processes.wait()

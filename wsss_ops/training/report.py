@@ -1,28 +1,42 @@
 """What an evaluation leaves: a table on the terminal, metrics.json, a curve and panels."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from wsss_ops._files import write_json
 from wsss_ops.info import environment
 from wsss_ops.training import checkpoints, segmentation
 from wsss_ops.training.batches import normalize
 from wsss_ops.training.data import Dataset
 from wsss_ops.training.evaluation import COMBINED, evaluate, part_table, stage_table, summarise_stages, table
 from wsss_ops.training.imbalance import group_figures
-from wsss_ops.training.inference import combine, stream_parts
-from wsss_ops.training.pictures import Row, has_matplotlib, save_curve, save_displacements, save_panels
+from wsss_ops.training.inference import combine, rescale, stream_parts, with_threshold
+from wsss_ops.training.pictures import (
+    PANELS,
+    Row,
+    has_matplotlib,
+    make_row,
+    save_curve,
+    save_displacements,
+    save_panels,
+)
 from wsss_ops.training.processes import Processes
-from wsss_ops.training.system import Segmenter, System
+from wsss_ops.training.system import Classifier, Segmenter, System
 
-CURVE, PANELS, DISPLACEMENTS = "curve.png", "panels.png", "displacements.png"
+CURVE, DISPLACEMENTS = "curve.png", "displacements.png"
 
 
-def can_draw_curves(processes: Processes) -> bool:
-    """Whether matplotlib is there; where not, says so, and how to get it. Ask before long work."""
+def can_draw_curve(system: System, processes: Processes) -> bool:
+    """Whether the evaluation will have a curve, which a segmentation network's has not.
+
+    Where it lacks matplotlib alone, says so, and how to get it. Ask before long work.
+    """
+    if isinstance(system, Segmenter):
+        return False
     found = has_matplotlib()
     if not found:
         processes.print(f"{CURVE} will be left out: it needs matplotlib (pip install matplotlib)")
@@ -30,13 +44,15 @@ def can_draw_curves(processes: Processes) -> bool:
 
 
 def evaluate_and_report(
-    system: System, development: Dataset, validation: Dataset, scales: tuple[float, ...], processes: Processes,
-    out: Path, *, panels: int, curve: bool, details: dict[str, Any], earlier: dict[str, dict[str, Any]] | None = None,
+    system: Classifier | Segmenter, development: Dataset, validation: Dataset, processes: Processes, out: Path, *,
+    panels: int, curve: bool, details: dict[str, Any], earlier: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Evaluates, prints the table and writes curve, panels and metrics.json (with details and environment) into out.
+    """Evaluates at the scales of the settings, prints the table and writes pictures and metrics.json (with details and
+    environment) into out; returns what that holds.
 
     earlier: the results of the stages before, to be compared with this one's.
     """
+    scales = system.settings.scales
     if isinstance(system, Segmenter):
         figures = segmentation.evaluate(system, development, validation, scales, processes)
     else:
@@ -50,62 +66,67 @@ def evaluate_and_report(
         result["stages"] = summarise_stages(earlier | {system.stages()[-1].name: result})
     if processes.is_main:
         print(table(result) + part_table(result) + stage_table(result))
-        if isinstance(system, Segmenter) and (baseline := system.baseline()) is not None:
-            print(segmentation.compare(baseline[1], result))
         out.mkdir(parents=True, exist_ok=True)
-        further: list[str] = []
-        if curve and "curve" in result["validation"]:
-            further.append(CURVE)
-            drawn = result["validation"]["curve"]
-            lines = {name: [float("nan") if v is None else v for v in values] for name, values in drawn.items()}
-            save_curve(out / CURVE, result["thresholds"], lines, result["threshold"], "CAM on validation images")
-        if panels > 0 and isinstance(system, Segmenter):
-            chosen = _spread(validation, panels)
-            further += segmentation.save_pictures(system, validation, chosen, scales, processes, out)
-        elif panels > 0:
-            thresholds = {COMBINED: result["threshold"]}
-            thresholds |= {name: part["threshold"] for name, part in result.get("parts", {}).items()}
-            for name, rows in panel_rows(system, validation, panels, scales, thresholds, processes).items():
-                file = PANELS if name == COMBINED else f"panels-{name}.png"
-                save_panels(out / file, rows, validation.classes)
-                further.append(file)
-            if arrows := displacement_pictures(system, validation, panels, processes):
-                save_displacements(out / DISPLACEMENTS, arrows)
-                further.append(DISPLACEMENTS)
+        shown = _spread(validation, panels)
+        if isinstance(system, Segmenter):
+            drawn = segmentation.report(system, validation, shown, result, processes, out)
+        else:
+            drawn = [_save_curve(result, out)] if curve else []
+            drawn += _save_pictures(system, validation, shown, result, processes, out)
         # Last, because its presence says that the run is finished.
-        checkpoints.write_json(out / checkpoints.METRICS, result)
-        print(f"written to {out}: {', '.join([checkpoints.METRICS, *further])}")
+        write_json(out / checkpoints.METRICS, result)
+        print(f"written to {out}: {', '.join([checkpoints.METRICS, *drawn])}")
     processes.wait()
     return result
 
 
-def panel_rows(system: System, dataset: Dataset, count: int, scales: tuple[float, ...], thresholds: dict[str, float],
+def _save_curve(result: dict[str, Any], out: Path) -> str:
+    curves = result["validation"]["curve"]
+    lines = {name: [float("nan") if v is None else v for v in values] for name, values in curves.items()}
+    save_curve(out / CURVE, result["thresholds"], lines, result["threshold"], "CAM on validation images")
+    return CURVE
+
+
+def _save_pictures(system: Classifier, dataset: Dataset, indices: Sequence[int], result: dict[str, Any],
+                   processes: Processes, out: Path) -> list[str]:  # fmt: skip
+    """Panels of the CAM and of its parts, and displacements; returns the names of the files."""
+    if not indices:
+        return []
+    files = []
+    thresholds = {COMBINED: result["threshold"]}
+    thresholds |= {name: part["threshold"] for name, part in result.get("parts", {}).items()}
+    for name, rows in panel_rows(system, dataset, indices, thresholds, processes).items():
+        files.append(PANELS if name == COMBINED else f"panels-{name}.png")
+        save_panels(out / files[-1], rows, dataset.classes)
+    if arrows := displacement_pictures(system, dataset, indices, processes):
+        files.append(DISPLACEMENTS)
+        save_displacements(out / DISPLACEMENTS, arrows)
+    return files
+
+
+def panel_rows(system: Classifier, dataset: Dataset, indices: Sequence[int], thresholds: dict[str, float],
                processes: Processes) -> dict[str, list[Row]]:  # fmt: skip
-    """Photo, annotation, CAM and prediction of count images evenly spread over the data set.
+    """Photo, annotation, CAM and prediction of the images with these indices.
 
     thresholds: of the system's CAM, under COMBINED, and after it of its parts, if it has several; a list for each.
     """
     rows: dict[str, list[Row]] = {name: [] for name in thresholds}
-    for sample, parts in stream_parts(system, dataset, _spread(dataset, count), scales, processes.device):
-        names = [dataset.classes[int(index) + 1] for index in sample.tags.nonzero()]
-        title = f"{sample.name}: {', '.join(names)}"
+    for sample, parts in stream_parts(system, dataset, indices, system.settings.scales, processes.device):
         for (name, threshold), cams in zip(thresholds.items(), (combine(system, parts), *parts), strict=False):
-            scores = torch.cat([torch.full_like(cams[:1], threshold), cams]).cpu()
-            rows[name].append(Row(sample.image, sample.mask, scores[1:], scores.argmax(0).byte(), title))
+            rows[name].append(make_row(sample, with_threshold(cams, threshold), dataset.classes))
     return rows
 
 
 @torch.no_grad()
 def displacement_pictures(
-    system: System, dataset: Dataset, count: int, processes: Processes
+    system: Classifier, dataset: Dataset, indices: Sequence[int], processes: Processes
 ) -> list[tuple[Tensor, Tensor, str]]:
-    """Photo, displacements at scale 1 and title of the images that `panel_rows` shows; none without a sampler."""
+    """Photo, displacements at scale 1 and title of the images with these indices; none without a sampler."""
     system.network.eval()
     pictures = []
-    for index in _spread(dataset, count):
+    for index in indices:
         sample = dataset[index]
-        side = [system.stride * max(1, round((length - 1) / system.stride)) + 1 for length in sample.image.shape[1:]]
-        image = F.interpolate(normalize(sample.image[None]), side, mode="bilinear", align_corners=True)
+        image = rescale(normalize(sample.image[None]), 1.0, system.stride)
         field = system.displacements(image.to(processes.device))
         if field is None:
             return []

@@ -166,11 +166,6 @@ class SceneDataset:
         for tags, objects in zip(self.tags, self._objects, strict=True):
             tags[[CLASSES.index(name) - 1 for name in objects]] = True
 
-    @property
-    def frequencies(self) -> Tensor:
-        """Share of the scenes that show each foreground class, float64 [8]."""
-        return self.tags.double().mean(0)
-
     def __len__(self) -> int:
         return len(self._objects)
 

@@ -9,16 +9,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from wsss_ops import out_of_candidate_rate
 from wsss_ops.training.batches import normalize
-from wsss_ops.training.data import VOID, Dataset, Sample
+from wsss_ops.training.data import VOID, Dataset, Sample, with_background
 from wsss_ops.training.evaluation import class_rows, curves, plain
-from wsss_ops.training.inference import equal_sizes
-from wsss_ops.training.pictures import Outside, Row, save_outside, save_panels
+from wsss_ops.training.inference import equal_sizes, images_at_once, rescale
+from wsss_ops.training.pictures import PANELS, Outside, make_row, save_outside, save_panels, title_of
 from wsss_ops.training.processes import Processes
 from wsss_ops.training.system import Segmenter
 
-PANELS, OUTSIDE = "panels.png", "oc.png"
+OUTSIDE = "oc.png"
 
 
 @torch.no_grad()
@@ -28,11 +27,10 @@ def infer_probabilities(system: Segmenter, images: Tensor, scales: Sequence[floa
     The network must be in eval mode.
     """
     height, width = images.shape[2:]
-    stride, pictures = system.stride, normalize(images)
+    pictures = normalize(images)
     total: Tensor | None = None
     for scale in scales:
-        size = [stride * max(1, round((side - 1) * scale / stride)) + 1 for side in (height, width)]
-        scaled = F.interpolate(pictures, size, mode="bilinear", align_corners=True)
+        scaled = rescale(pictures, scale, system.stride)
         views = torch.cat([scaled, scaled.flip(-1)]).contiguous(memory_format=torch.channels_last)
         with system.autocast(images.device):
             logits = system.logits(views)
@@ -49,14 +47,14 @@ def stream_probabilities(
 ) -> Iterator[tuple[Sample, Tensor]]:
     """Yields each sample with its class probabilities [C, H, W] on device."""
     system.network.eval()
-    for samples in equal_sizes(dataset, indices, 8 if device.type == "cuda" else 1):
+    for samples in equal_sizes(dataset, indices, images_at_once(device)):
         images = torch.stack([sample.image for sample in samples]).to(device)
         yield from zip(samples, infer_probabilities(system, images, scales), strict=True)
 
 
-def candidates(sample: Sample, device: torch.device | str = "cpu") -> Tensor:
-    """bool [C]: background and the classes of the image's tags."""
-    return torch.cat([torch.ones(1, dtype=torch.bool), sample.tags]).to(device)
+def out_of_candidate(predicted: Tensor, sample: Sample) -> Tensor:
+    """bool [H, W]: whether the predicted class of a pixel, int64 [H, W] on the CPU, is none of its image's tags."""
+    return ~with_background(sample.tags)[predicted]
 
 
 def evaluate(system: Segmenter, development: Dataset, validation: Dataset, scales: Sequence[float],
@@ -70,7 +68,7 @@ def evaluate(system: Segmenter, development: Dataset, validation: Dataset, scale
     for name, dataset in (("development", development), ("validation", validation)):
         classes = len(dataset.classes)
         confusion = torch.zeros(classes, classes, dtype=torch.int64)
-        outside = torch.zeros(2, dtype=torch.float64)  # OC pixels, all pixels
+        outside = torch.zeros(2, dtype=torch.int64)  # OC pixels, all pixels
         indices = range(processes.rank, len(dataset), processes.count)
         stream = stream_probabilities(system, dataset, indices, scales, processes.device)
         title = f"segmentation of {name} images"
@@ -79,14 +77,13 @@ def evaluate(system: Segmenter, development: Dataset, validation: Dataset, scale
             known = mask != VOID
             cells = predicted[known] * classes + mask[known].long()
             confusion += torch.bincount(cells, minlength=classes**2).view(classes, classes)
-            rate = out_of_candidate_rate(scores[None], candidates(sample, scores.device)[None])
-            outside += torch.tensor([float(rate), 1.0], dtype=torch.float64) * mask.numel()
+            outside += torch.tensor([int(out_of_candidate(predicted, sample).sum()), mask.numel()])
         found = curves(processes.sum(confusion)[None], dataset.report_classes)
         outside = processes.sum(outside)
         result[name] = {
             "images": len(dataset),
             **{key: plain(found[key][0]) for key in ("mIoU", "precision", "recall")},
-            "oc_rate": plain(outside[0] / outside[1]),
+            "oc_rate": plain(outside[0].double() / outside[1]),
             "report_classes": [dataset.classes[index] for index in dataset.report_classes],
             "classes": class_rows(found, 0, dataset.classes),
         }
@@ -104,31 +101,31 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def save_pictures(system: Segmenter, dataset: Dataset, indices: Sequence[int], scales: Sequence[float],
-                  processes: Processes, out: Path) -> list[str]:  # fmt: skip
-    """Writes panels.png and oc.png, in it the baseline's predictions too where the system has one; returns names."""
-    stream = stream_probabilities(system, dataset, indices, scales, processes.device)
-    found = [(sample, scores.cpu()) for sample, scores in stream]
-    titles = [
-        f"{sample.name}: {', '.join(dataset.classes[int(index) + 1] for index in sample.tags.nonzero())}"
-        for sample, _ in found
-    ]
-    rows = [
-        Row(sample.image, sample.mask, scores[1:], scores.argmax(0).byte(), title)
-        for (sample, scores), title in zip(found, titles, strict=True)
-    ]
-    save_panels(out / PANELS, rows, dataset.classes)
-    networks, labels = ["prediction"], [[scores.argmax(0)] for _, scores in found]
+def report(system: Segmenter, dataset: Dataset, indices: Sequence[int], result: dict[str, Any], processes: Processes,
+           out: Path) -> list[str]:  # fmt: skip
+    """Prints the comparison with the baseline, where the system has one, and writes panels.png and oc.png, in it the
+    baseline's predictions too, of the images with these indices, if any.
+
+    Returns the names of the files.
+    """
+    networks = {"prediction": system}
     if (found_baseline := system.baseline()) is not None:
-        baseline, _ = found_baseline
-        baseline.network.to(processes.device)
-        before = stream_probabilities(baseline, dataset, indices, scales, processes.device)
-        networks, labels = ["before", "after"], [
-            [scores.argmax(0).cpu(), *own] for (_, scores), own in zip(before, labels, strict=True)
-        ]  # fmt: skip
-    pictures = [
-        Outside(sample.image, sample.mask, [(p.byte(), ~candidates(sample)[p]) for p in predicted], title)
-        for (sample, _), predicted, title in zip(found, labels, titles, strict=True)
-    ]
-    save_outside(out / OUTSIDE, pictures, networks, dataset.classes)
+        baseline, before = found_baseline
+        print(compare(before, result))
+        networks = {"before": baseline, "after": system}
+    if not indices:
+        return []
+    found = []  # per network
+    for network in networks.values():
+        network.network.to(processes.device)
+        stream = stream_probabilities(network, dataset, indices, system.settings.scales, processes.device)
+        found.append([(sample, scores.cpu()) for sample, scores in stream])
+    save_panels(out / PANELS, [make_row(*own, dataset.classes) for own in found[-1]], dataset.classes)
+    pictures = []
+    for answers in zip(*found, strict=True):
+        sample = answers[0][0]
+        labels = [scores.argmax(0) for _, scores in answers]
+        predictions = [(label.byte(), out_of_candidate(label, sample)) for label in labels]
+        pictures.append(Outside(sample.image, sample.mask, predictions, title_of(sample, dataset.classes)))
+    save_outside(out / OUTSIDE, pictures, list(networks), dataset.classes)
     return [PANELS, OUTSIDE]

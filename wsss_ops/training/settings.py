@@ -3,19 +3,29 @@
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from wsss_ops.training.backbones import BACKBONES
 
 
 def option(
     kind: Callable[[str], Any], default: Any, help: str, *, choices: tuple[Any, ...] | None = None,
-    nargs: str | None = None,
+    nargs: str | None = None, above: float | None = None, at_least: float | None = None, at_most: float | None = None,
+    path: bool = False, recorded: Literal["always", "changed", "never"] = "always",
 ) -> Any:  # fmt: skip
-    """A dataclass field that is also a command-line option: what argparse needs to know of it."""
-    metadata = {"type": kind, "help": help, "choices": choices, "nargs": nargs}
+    """A dataclass field that is also a command-line option.
+
+    kind, default, help, choices and nargs are what argparse takes; above, at_least and at_most the range. path: it
+    names a file or folder. recorded: whether it is part of a run's record; "changed": only where it is not the default,
+    so that runs from before the setting are recognised.
+    """
+    bounds = {"above": above, "at least": at_least, "at most": at_most}
+    metadata = {"type": kind, "help": help, "choices": choices, "nargs": nargs, "bounds": bounds, "path": path,
+                "recorded": recorded}  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -26,27 +36,29 @@ class Settings:
     A field that is given as None takes the default of the backbone.
     """
 
-    data: str | None = option(str, None, "VOC-layout folder or zip; default: the generated scenes")
+    data: str | None = option(str, None, "VOC-layout folder or zip; default: the generated scenes", path=True)
     imbalance: float = option(
         float, 1.0, "thin the training images to a long tail: how many times as many of the most frequent class as of "
-        "the rarest; 1: all as they are",
+        "the rarest; 1: all as they are", at_least=1, recorded="changed",
     )  # fmt: skip
-    seed: int = option(int, 0, "seed of weights, data order and augmentation")
+    seed: int = option(int, 0, "seed of weights, data order and augmentation", at_least=0)
     backbone: str = option(str, None, "default: efficientnet_lite0, for generated scenes tiny", choices=BACKBONES)
     weights: str | None = option(str, None, "state dict file of the backbone")
     output_stride: int = option(int, None, "pixels per feature")
-    epochs: int = option(int, None, "passes over the training images, of several stages the first one's")
-    batch_size: int = option(int, 16, "images per step, over all processes")
+    epochs: int = option(int, None, "passes over the training images, of several stages the first one's", above=0)
+    batch_size: int = option(int, 16, "images per step, over all processes", above=0)
     size: int = option(int, None, "side of the training crops in pixels")
     tune_blocks: int = option(int, None, "last blocks of the backbone that are trained, -1 for all")
-    lr: float = option(float, None, "learning rate of the layers behind the backbone")
-    backbone_lr: float = option(float, None, "learning rate of the backbone")
-    weight_decay: float = option(float, 1e-4, "weight decay")
+    lr: float = option(float, None, "learning rate of the layers behind the backbone", above=0)
+    backbone_lr: float = option(float, None, "learning rate of the backbone", at_least=0)
+    weight_decay: float = option(float, 1e-4, "weight decay", at_least=0)
     precision: str = option(
         str, "auto", "arithmetic of training and inference; auto: bfloat16 on GPUs that have it, else float32",
-        choices=("auto", "float32", "bfloat16"),
+        choices=("auto", "float32", "bfloat16"), recorded="changed",
     )  # fmt: skip
-    scales: tuple[float, ...] = option(float, None, "image scales of CAM inference, each with its flip", nargs="+")
+    scales: tuple[float, ...] = option(
+        float, None, "image scales of CAM inference, each with its flip", nargs="+", above=0
+    )
 
     def __post_init__(self) -> None:
         if self.backbone is None:
@@ -55,27 +67,37 @@ class Settings:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         for field in dataclasses.fields(self):
-            if field.metadata["type"] is float and field.metadata["nargs"] is None:
-                value = getattr(self, field.name)
-                if value is not None and not math.isfinite(value):
-                    raise ValueError(f"{field.name} must be finite, got {value}")
-        for name in ("epochs", "batch_size", "lr"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("seed", "backbone_lr", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            _check(field, getattr(self, field.name))
         if self.size < self.output_stride:
             raise ValueError(f"size must be at least output_stride, {self.output_stride}, got {self.size}")
-        if self.imbalance < 1:
-            raise ValueError(f"imbalance must be at least 1, got {self.imbalance}")
-        check_scales(self.scales)
+
+    def record(self) -> dict[str, Any]:
+        """What the run folder keeps of the settings, by name; paths are absolute."""
+        kept: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value, recorded = getattr(self, field.name), field.metadata["recorded"]
+            if recorded == "always" or (recorded == "changed" and value != field.default):
+                kept[field.name] = str(Path(value).resolve()) if value and field.metadata["path"] else value
+        return kept
 
 
-def check_scales(scales: Sequence[float]) -> None:
-    """Raises ValueError where image scales are none, not above 0, or not finite."""
-    if not scales or not all(0 < scale < math.inf for scale in scales):
-        raise ValueError(f"scales must be one or more numbers above 0, got {tuple(scales)}")
+_HOLDS: dict[str, Callable[[float, float], bool]] = {
+    "above": operator.gt, "at least": operator.ge, "at most": operator.le,
+}  # fmt: skip
+
+
+def _check(field: dataclasses.Field[Any], value: Any) -> None:
+    """Raises ValueError where a value, or one of several, is not finite or out of the field's bounds."""
+    if value is None:
+        return
+    values = (value,) if field.metadata["nargs"] is None else value
+    if not values:
+        raise ValueError(f"{field.name} must be one or more numbers, got none")
+    if field.metadata["type"] is float and not all(map(math.isfinite, values)):
+        raise ValueError(f"{field.name} must be finite, got {value}")
+    for words, bound in field.metadata["bounds"].items():
+        if bound is not None and not all(_HOLDS[words](one, bound) for one in values):
+            raise ValueError(f"{field.name} must be {words} {bound}, got {value}")
 
 
 _PRETRAINED: dict[str, Any] = {

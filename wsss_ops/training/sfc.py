@@ -16,7 +16,7 @@ from wsss_ops import ImageBank
 from wsss_ops.training.backbones import Backbone
 from wsss_ops.training.batches import Batch
 from wsss_ops.training.cam import CAM, CamSystem, SettingsAfterCam, StagedCamNetwork
-from wsss_ops.training.data import Dataset
+from wsss_ops.training.data import Dataset, with_background
 from wsss_ops.training.processes import Processes
 from wsss_ops.training.settings import Settings, option
 from wsss_ops.training.system import Stage
@@ -29,24 +29,28 @@ AFFINITY_CHANNELS = 192
 class SfcSettings(SettingsAfterCam):
     """Settings of SFC: those of the CAM stage, and of the calibration."""
 
-    sfc_epochs: int = option(int, 1, "passes over the training images in the stage sfc")
-    sfc_rate: float = option(float, 0.3, "learning rates in the stage sfc, as multiples of --lr and --backbone-lr")
-    bank: int = option(
-        int, 4, "images of the bank, of classes drawn alike, that join each batch; model files hold them; 0: none"
+    sfc_epochs: int = option(int, 1, "passes over the training images in the stage sfc", above=0)
+    sfc_rate: float = option(
+        float, 0.3, "learning rates in the stage sfc, as multiples of --lr and --backbone-lr", above=0
     )
-    prototype_weight: float = option(float, 1.6, "weight of the loss between classifier CAM and prototype CAM")
-    scale_weight: float = option(float, 0.8, "weight of the loss between the classifier CAMs of two image sizes")
-    background_scale: float = option(float, 0.3, "what the background is multiplied by before seeds are taken")
-    prototype_share: float = option(float, 0.15, "weight of the prototype CAM beside the refined one in inference")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("sfc_epochs", "sfc_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("bank", "prototype_weight", "scale_weight", "background_scale", "prototype_share"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+    bank: int = option(
+        int,
+        4,
+        "images of the bank, of classes drawn alike, that join each batch; model files hold them; 0: none",
+        at_least=0,
+    )
+    prototype_weight: float = option(
+        float, 1.6, "weight of the loss between classifier CAM and prototype CAM", at_least=0
+    )
+    scale_weight: float = option(
+        float, 0.8, "weight of the loss between the classifier CAMs of two image sizes", at_least=0
+    )
+    background_scale: float = option(
+        float, 0.3, "what the background is multiplied by before seeds are taken", at_least=0
+    )
+    prototype_share: float = option(
+        float, 0.15, "weight of the prototype CAM beside the refined one in inference", at_least=0
+    )
 
 
 class Maps(NamedTuple):
@@ -110,9 +114,7 @@ class SfcSystem(CamSystem):
     uses_ops = True
     network: SfcNetwork
 
-    def __init__(self, settings: SfcSettings, num_classes: int, ops: ModuleType | None, *,
-                 pretrained: bool = True) -> None:  # fmt: skip
-        assert ops is not None
+    def __init__(self, settings: SfcSettings, num_classes: int, ops: ModuleType, *, pretrained: bool = True) -> None:
         super().__init__(settings, num_classes, ops, pretrained=pretrained)
         self.ops = ops
         self.network = SfcNetwork(self.network.backbone, num_classes - 1)
@@ -145,7 +147,7 @@ class SfcSystem(CamSystem):
         images, tags, valid = self.with_bank(batch)
         maps, small = self.network.maps(images), self.network.maps(halve(images))
         classification = sum(F.binary_cross_entropy_with_logits(one.logits.float(), tags) for one in (maps, small)) / 2
-        present = F.pad(tags, (1, 0), value=1)
+        present = with_background(tags)
         cam, inside = self.normalise(maps.cam, present, valid)
         cam_small, _ = self.normalise(small.cam, present, valid)
         consistency = self.ops.msdw_loss(
@@ -199,7 +201,7 @@ class SfcSystem(CamSystem):
     def cams(self, images: Tensor, tags: Tensor) -> list[Tensor]:
         if self.network.stage == CAM:
             return super().cams(images, tags)
-        maps, present = self.network.maps(images), F.pad(tags.float(), (1, 0), value=1)
+        maps, present = self.network.maps(images), with_background(tags)
         cam, _ = self.normalise(maps.cam, present, None)
         refined = propagate(maps.cam.float().relu(), affinity(maps.embedded))
         return [maps.cam, refined, self.prototype_cam(maps.levels, cam, present, None)[:, 1:]]

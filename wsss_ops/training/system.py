@@ -1,4 +1,4 @@
-"""What a training system is: a network, its stages, its loss, and the CAM that inference reads from it."""
+"""What a training system is: a network, its stages, its loss, and the maps that inference reads from it."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -22,21 +22,22 @@ class Stage(NamedTuple):
 
 
 class System(ABC):
-    """Base of the systems; `cam.py` is the model to copy.
+    """What all systems have; each is a `Classifier`, of which `cam.py` is the model to copy, or a `Segmenter`.
 
-    settings: an instance of the class's Settings. num_classes counts the background. ops: `wsss_ops`,
-    `wsss_ops.reference`, or None where uses_ops is false. State beside parameters goes into buffers or extra state of
-    network, which checkpoints save.
+    settings: an instance of the class's Settings. num_classes counts the background. ops: `wsss_ops` or
+    `wsss_ops.reference`; uses_ops says whether it makes a difference. State beside parameters goes into buffers or
+    extra state of network, which checkpoints save.
     """
 
     Settings: ClassVar[type[Settings]] = Settings
     uses_ops: ClassVar[bool] = True
+    uses_masks: ClassVar[bool] = False  # whether `loss` takes the masks of batches
     network: nn.Module
     settings: Any
     class_images: dict[str, int] | None = None  # training images per reported class, where they are long-tailed
 
     @abstractmethod
-    def __init__(self, settings: Any, num_classes: int, ops: ModuleType | None, *, pretrained: bool = True) -> None:
+    def __init__(self, settings: Any, num_classes: int, ops: ModuleType, *, pretrained: bool = True) -> None:
         """Builds the network."""
 
     @abstractmethod
@@ -50,6 +51,36 @@ class System(ABC):
     @abstractmethod
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of this process's share of a batch, and figures to show (scalars, detached)."""
+
+    def training_images(self, dataset: Dataset, out: Path) -> Dataset:
+        """What the run in the folder out trains on: the images given or, for some systems, these with other masks.
+
+        Raises ValueError where that cannot be had; makes nothing yet.
+        """
+        return dataset
+
+    def prepare(self, dataset: Dataset, processes: Processes) -> None:  # noqa: B027, most take nothing
+        """Takes from the training images, before training and before each resumption, what the loss needs of them."""
+
+    @property
+    @abstractmethod
+    def stride(self) -> int:
+        """Pixels per cell of the map."""
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The arithmetic that settings.precision asks for."""
+        precision = self.settings.precision
+        enabled = precision == "bfloat16" or (
+            precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+        )
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+class Classifier(System):
+    """Base of the systems that learn from tags and show where the tagged classes are, in a CAM.
+
+    The CAM is made of one map or of several, `parts`.
+    """
 
     @abstractmethod
     def cam(self, images: Tensor) -> Tensor:
@@ -68,22 +99,6 @@ class System(ABC):
         """One map per part: images as for `cam`, tags bool [N, C-1] -> [N, C-1, h, w] before relu, each."""
         return [self.cam(images)]
 
-    def prepare(self, dataset: Dataset, processes: Processes) -> None:  # noqa: B027, most take nothing
-        """Takes from the training images, before training and before each resumption, what the loss needs of them."""
-
-    @property
-    @abstractmethod
-    def stride(self) -> int:
-        """Pixels per CAM cell."""
-
-    def autocast(self, device: torch.device) -> torch.autocast:
-        """The arithmetic that settings.precision asks for."""
-        precision = self.settings.precision
-        enabled = precision == "bfloat16" or (
-            precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-        )
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
-
 
 class Segmenter(System):
     """Base of the systems that learn from pseudo-labels and label every pixel by themselves, without tags.
@@ -91,12 +106,11 @@ class Segmenter(System):
     Their figures and pictures are those of segmentation.py.
     """
 
-    @abstractmethod
-    def pseudo_labelled(self, dataset: Dataset, out: Path) -> Dataset:
-        """The training images with pseudo-labels, in or for the run folder out, in place of their masks.
+    uses_masks: ClassVar[bool] = True
 
-        Raises ValueError where these cannot be had, or the baseline not compared with; makes nothing yet.
-        """
+    @abstractmethod
+    def training_images(self, dataset: Dataset, out: Path) -> Dataset:
+        """The images with pseudo-labels in place of their masks; where the baseline does not fit is an error, too."""
 
     @abstractmethod
     def prepare(self, dataset: Dataset, processes: Processes) -> None:
@@ -104,11 +118,8 @@ class Segmenter(System):
 
     @abstractmethod
     def logits(self, images: Tensor) -> Tensor:
-        """images as for `cam` -> logits [N, C, h, w], background first."""
+        """images as for `Classifier.cam` -> logits [N, C, h, w], background first."""
 
     @abstractmethod
     def baseline(self) -> "tuple[Segmenter, dict[str, Any]] | None":
         """A trained system to compare with and the content of its metrics.json, if one was named."""
-
-    def cam(self, images: Tensor) -> Tensor:
-        return self.logits(images).float().softmax(1)[:, 1:]

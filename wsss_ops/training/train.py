@@ -2,15 +2,20 @@
 
 import argparse
 import dataclasses
+import functools
 import importlib
+import itertools
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from wsss_ops._files import read_json
 from wsss_ops.training import checkpoints
+from wsss_ops.training.arguments import add_common_arguments, natural
 from wsss_ops.training.batches import TrainingBatches
 from wsss_ops.training.cam import CamSystem, SettingsAfterCam, read_start
 from wsss_ops.training.comparison import compare
@@ -22,13 +27,18 @@ from wsss_ops.training.loop import Training, seed_everything
 from wsss_ops.training.ocr import OcrSystem
 from wsss_ops.training.ppl import PplSystem
 from wsss_ops.training.processes import Processes, join_processes
-from wsss_ops.training.report import can_draw_curves, evaluate_and_report
+from wsss_ops.training.report import can_draw_curve, evaluate_and_report
 from wsss_ops.training.settings import Settings, add_settings, read_settings
 from wsss_ops.training.sfc import SfcSystem
-from wsss_ops.training.system import Segmenter, System
+from wsss_ops.training.system import Classifier, Segmenter, System
 
-SYSTEMS: dict[str, type[System]] = {"cam": CamSystem, "esol": EsolSystem, "ocr": OcrSystem, "ppl": PplSystem,
-                                  "sfc": SfcSystem}  # fmt: skip
+SYSTEMS: dict[str, type[Classifier] | type[Segmenter]] = {
+    "cam": CamSystem,
+    "esol": EsolSystem,
+    "ocr": OcrSystem,
+    "ppl": PplSystem,
+    "sfc": SfcSystem,
+}
 OPS = ("fused", "reference", "both")
 
 
@@ -48,15 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--ops", choices=OPS, default="fused", help="which operators; both compares them first (default: fused)"
         )
         options.add_argument("--no-evaluation", action="store_true", help="leave the evaluation at the end out")
-        options.add_argument("--panels", type=int, default=8, help="images shown in panels.png (default: 8)")
-        options.add_argument(
-            "--check",
-            choices=("auto", "headers", "full"),
-            default="auto",
-            help="how closely to check the data before training (default: auto, full up to 5000 images)",
-        )
-        options.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-        options.add_argument("--workers", type=int, help="processes that read images (default: by CPU cores)")
+        add_common_arguments(options)
+        options.add_argument("--workers", type=natural, help="processes that read images (default: by CPU cores)")
         options.add_argument("--save-every", type=float, default=15, help="seconds between checkpoints (default: 15)")
 
 
@@ -84,50 +87,38 @@ def run(
     A finished run prints its figures and does nothing. Raises ValueError for data that are not in order and where out
     holds a run with other settings.
     """
-    for option, value in (("panels", panels), ("workers", workers or 0)):
-        if value < 0:
-            raise ValueError(f"--{option} must be at least 0, got {value}")
     data = {split: open_dataset(settings.data, split, check=check) for split in ("train", "dev", "val")}
     if settings.imbalance > 1:
         data["train"] = LongTailed(data["train"], settings.imbalance)
-    record = dataclasses.asdict(settings) | {
+    record = settings.record() | {
         "system": name,
         "ops": "reference" if ops == "reference" else "fused",
-        **{name: str(Path(path).resolve()) for name, path in _paths(settings) if path},
         "training_images": fingerprint(data["train"]),
     }
-    record.pop("baseline", None)  # decides no figure of this run
-    for option, default in (("imbalance", 1), ("precision", "auto")):
-        if record[option] == default:
-            del record[option]  # so that runs from before these settings are recognised
     checkpoints.check_claim(out, record)
     if (out / checkpoints.METRICS).exists():
-        result = checkpoints.read_json(out / checkpoints.METRICS)
+        result: dict[str, Any] = read_json(out / checkpoints.METRICS)
         processes.print(f"{out} is finished:\n{table(result)}{part_table(result)}{stage_table(result)}")
         return result
     classes = data["train"].classes
-    start = read_start(settings, classes) if isinstance(settings, SettingsAfterCam) and settings.start else None
+    start = read_start(settings, classes)
     system = _build(name, settings, len(classes), ops)
     if isinstance(data["train"], LongTailed):
         processes.print(data["train"].summary())
         system.class_images = data["train"].class_images
-    segments = isinstance(system, Segmenter)
-    images = system.pseudo_labelled(data["train"], out) if isinstance(system, Segmenter) else data["train"]
+    images = system.training_images(data["train"], out)
     batches = TrainingBatches(
-        images, size=settings.size, batch_size=settings.batch_size, seed=settings.seed, masks=segments,
+        images, size=settings.size, batch_size=settings.batch_size, seed=settings.seed, masks=system.uses_masks,
         workers=_default_workers(processes) if workers is None else workers, processes=processes,
     )  # fmt: skip
-    curve = evaluation and not segments and can_draw_curves(processes)
+    curve = evaluation and can_draw_curve(system, processes)
     if processes.is_main:
         checkpoints.claim(out, record)
     processes.wait()
     system.prepare(images, processes)
     if ops == "both" and system.uses_ops and not (out / checkpoints.CHECKPOINT).exists():
-        steps = [batch for batch, _ in zip(batches.epoch(0), range(5), strict=False)]
         pair = {kind: _build(name, settings, len(classes), kind) for kind in ("reference", "fused")}
-        for one in pair.values():
-            one.prepare(images, processes)
-        processes.print(compare(pair, steps, processes))
+        processes.print(_compare_operators(pair, images, batches, processes))
     about = {
         "system": name, "settings": dataclasses.asdict(settings), "classes": classes,
         "class_images": system.class_images,
@@ -137,47 +128,51 @@ def run(
     processes.print(f"trained in {training.seconds:.0f} s; model in {out / checkpoints.MODEL}")
     if not evaluation:
         return None
-    details = {"run": record, "training_seconds": round(training.seconds, 1)}
     began = time.monotonic()
-    result = _evaluate_stages(training, data, panels, curve, details)
+    details = {"run": record, "training_seconds": round(training.seconds, 1)}
+    report = functools.partial(
+        evaluate_and_report, system, data["dev"], data["val"], processes, panels=panels, curve=curve, details=details
+    )
+    earlier = _earlier_stages(training, record, report)
+    result = report(out, earlier=earlier)
     processes.print(f"evaluated in {time.monotonic() - began:.0f} s")
     return result
 
 
-def _evaluate_stages(
-    training: Training, data: dict[str, Dataset], panels: int, curve: bool, details: dict[str, Any]
-) -> dict[str, Any]:
-    """Evaluates each stage's model in a folder of its own, the last one's in the run folder; returns what
-    metrics.json there holds. Stages that have been evaluated, before a kill or by the run that this one started from,
-    are not evaluated again."""
+def _compare_operators(
+    pair: Mapping[str, System], images: Dataset, batches: TrainingBatches, processes: Processes
+) -> str:
+    """Five steps per stage with each of two equal systems, as a table."""
+    for system in pair.values():
+        system.prepare(images, processes)
+    return compare(pair, list(itertools.islice(batches.epoch(0), 5)), processes)
+
+
+def _earlier_stages(
+    training: Training, record: dict[str, Any], report: Callable[[Path], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """What metrics.json holds of each stage but the last, each in a folder of its own.
+
+    Stages that have been evaluated, before a kill or by the run that this one started from, are not evaluated again.
+    """
     system, processes, out = training.system, training.processes, training.out
     found: dict[str, dict[str, Any]] = {}
     for index, stage in enumerate(training.stages[:-1]):
-        if index == 0 and training.start is not None and (given := _start_figures(system.settings, details["run"])):
+        file, folder = out / f"{stage.name}.pt", out / stage.name
+        if index == 0 and training.start is not None and (given := _start_figures(system.settings, record)):
             processes.print(f"stage {stage.name}: figures of {system.settings.start}")
             found[stage.name] = given
-            continue
-        folder = out / stage.name
-        if (folder / checkpoints.METRICS).exists():
-            found[stage.name] = checkpoints.read_json(folder / checkpoints.METRICS)
-            continue
-        system.network.load_state_dict(checkpoints.load(out / f"{stage.name}.pt")["network"])
-        processes.print(f"stage {stage.name}:")
-        found[stage.name] = evaluate_and_report(
-            system, data["dev"], data["val"], system.settings.scales, processes, folder, panels=panels, curve=curve,
-            details=details,
-        )  # fmt: skip
+        elif (folder / checkpoints.METRICS).exists():
+            found[stage.name] = read_json(folder / checkpoints.METRICS)
+        else:
+            checkpoints.restore(system.network, checkpoints.load(file), file)
+            processes.print(f"stage {stage.name}:")
+            found[stage.name] = report(folder)
     if found:
-        system.network.load_state_dict(checkpoints.load(out / checkpoints.MODEL)["network"])
+        file = out / checkpoints.MODEL
+        checkpoints.restore(system.network, checkpoints.load(file), file)
         processes.print(f"stage {training.stages[-1].name}:")
-    return evaluate_and_report(
-        system, data["dev"], data["val"], system.settings.scales, processes, out, panels=panels, curve=curve,
-        details=details, earlier=found,
-    )  # fmt: skip
-
-
-def _paths(settings: Settings) -> list[tuple[str, str | None]]:
-    return [(name, getattr(settings, name, None)) for name in ("data", "start", "cams")]
+    return found
 
 
 def _start_figures(settings: SettingsAfterCam, run: dict[str, Any]) -> dict[str, Any] | None:
@@ -186,16 +181,15 @@ def _start_figures(settings: SettingsAfterCam, run: dict[str, Any]) -> dict[str,
     path = Path(settings.start) / checkpoints.METRICS
     if not path.exists():
         return None
-    result: dict[str, Any] = checkpoints.read_json(path)
+    result: dict[str, Any] = read_json(path)
     names = ("data", "training_images", "precision")
     there, here = ([of.get(name) for name in names] for of in (result["run"], run))
     return result if [*there, result["scales"]] == [*here, list(settings.scales)] else None
 
 
-def _build(name: str, settings: Settings, num_classes: int, ops: str) -> System:
+def _build(name: str, settings: Settings, num_classes: int, ops: str) -> Classifier | Segmenter:
     seed_everything(settings.seed)
-    kind = SYSTEMS[name]
-    return kind(settings, num_classes, load_ops(ops) if kind.uses_ops else None)
+    return SYSTEMS[name](settings, num_classes, load_ops(ops))
 
 
 def _default_workers(processes: Processes) -> int:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-Results = dict[str, Any]  # what `wsss-ops bench --out` writes
+from .results_file import Results
+
 Case = dict[str, Any]
 Figures = dict[str, float]
 

@@ -1,0 +1,55 @@
+"""The file that `wsss-ops bench --out` writes: loading it, joining several, and what is taken of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from wsss_ops._files import read_json
+
+Results = dict[str, Any]  # the content
+
+
+def load(path: Path) -> Results:
+    """Ends the program with a message where path holds no results."""
+    try:
+        results: Results = read_json(path)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path}: cannot be read as results ({error})") from error
+    if "cases" not in results:
+        raise SystemExit(f"{path} is not what wsss-ops bench --out writes")
+    return results
+
+
+def merged(parts: Sequence[Results]) -> Results:
+    """Results of several runs as one; where two have a case, the later one's."""
+    cases: dict[str, Any] = {}
+    overheads: dict[str, Any] = {}
+    for part in parts:
+        if part["environment"] != parts[0]["environment"]:
+            raise SystemExit("these results are of different machines or versions, which make no table")
+        cases |= {case["name"]: case for case in part["cases"]}
+        overheads |= part["host_overhead_us"]
+    return {**parts[-1], "cases": list(cases.values()), "host_overhead_us": overheads}
+
+
+def failures(results: Results) -> list[tuple[str, str, str]]:
+    """Case, function and error of each that raised one; no function where it was all of the case."""
+    failed = [(case["name"], "", case["error"]) for case in results["cases"] if "error" in case]
+    return failed + [
+        (case["name"], name, figures["error"])
+        for case in results["cases"]
+        for name, figures in case["functions"].items()
+        if "error" in figures
+    ]
+
+
+def succeeded(results: Results) -> Results:
+    """Results without what failed: functions, and cases whose floor did."""
+    cases = []
+    for case in results["cases"]:
+        functions = {name: figures for name, figures in case["functions"].items() if "error" not in figures}
+        if functions and next(iter(case["functions"])) in functions:
+            cases.append({**case, "functions": functions})
+    return {**results, "cases": cases}
