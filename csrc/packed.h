@@ -81,6 +81,7 @@ __device__ __forceinline__ __half2 narrow_pair(__half, float x, float y) { retur
 __device__ __forceinline__ __nv_bfloat162 narrow_pair(__nv_bfloat16, float x, float y) {
     return __floats2bfloat162_rn(x, y);
 }
+__device__ __forceinline__ float2 narrow_pair(float, float x, float y) { return {x, y}; }
 
 template <class T, int kCount>
 __device__ __forceinline__ void widen(const Packed<T, kCount>& packed, wide<T> (&numbers)[kCount]) {

@@ -1,14 +1,16 @@
-"""deform_conv2d's kernel for CUDA that samples and multiplies in one, in 16-bit types. (A CPU never has columns.)"""
+"""deform_conv2d's kernel for CUDA that samples and multiplies in one, on tensor cores. (A CPU never has columns.)"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from deform_cases import BOUNDS, Case, as_double, assert_near, run, tensors
-from harness import LAYOUTS
+from harness import LAYOUTS, relative_error
 from torch import Tensor
 
 from wsss_ops import _backend, deform_conv2d, reference
@@ -50,12 +52,62 @@ def output(given: dict[str, Tensor], case: Case, function: Callable[..., Tensor]
     return run(function, case.options, given, [])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_matches_reference(device: torch.device, case: Case, dtype: torch.dtype, used: list[bool]) -> None:
     given = tensors(case, device, dtype)
     assert_near(output(given, case), output(as_double(given), case, reference.deform_conv2d), BOUNDS[dtype])
     assert used == [True] * uses_columns(device)
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = True
+    yield
+    matmul.allow_tf32 = before
+
+
+def test_tf32_where_it_is_allowed(device: torch.device, used: list[bool], tf32: None) -> None:
+    case = CASES["over 128 outputs"]
+    given = tensors(case, device, torch.float32)
+    got, expected = output(given, case), output(as_double(given), case, reference.deform_conv2d)
+    assert_near(got, expected, 2.0**-11)
+    assert (relative_error(got["output"], expected["output"]) > 2.0**-14) == uses_columns(device)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="needs PyTorch 2.9")
+def test_tf32_by_the_newer_setting() -> None:
+    """In a process of its own: PyTorch takes the older setting no more once this one was used."""
+    code = """if True:
+        import torch
+        from wsss_ops._columns import _tf32_is_allowed
+        allowed = [_tf32_is_allowed()]
+        for precision in ("tf32", "ieee"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            allowed.append(_tf32_is_allowed())
+        assert allowed == [False, True, False], allowed
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_long_sums_of_float32(device: torch.device, used: list[bool]) -> None:
+    """Of one sign, where cutting off instead of rounding would show."""
+    case = Case((1, 512, 8, 8), 16, (2, 4), biased=False)
+    given = {name: tensor.abs() for name, tensor in tensors(case, device, torch.float32).items()}
+    assert_near(output(given, case), output(as_double(given), case, reference.deform_conv2d), 2e-6)
+
+
+def test_numbers_that_are_not_finite(device: torch.device, used: list[bool]) -> None:
+    """What infinities and NaN reach is not finite, and nothing else is touched."""
+    case = Case((1, 8, 6, 6), 4, (1, 1), biased=False)
+    given = tensors(case, device, torch.float32)
+    given["offset"].zero_()
+    for pixel, value in enumerate([torch.nan, torch.inf, -torch.inf, 1e38]):
+        given["input"][0, pixel, pixel, pixel] = value
+    expected = output(as_double(given), case, reference.deform_conv2d)["output"]
+    assert torch.equal(output(given, case)["output"].isfinite(), expected.float().isfinite())
 
 
 @pytest.mark.parametrize(
@@ -80,35 +132,38 @@ def test_needs_a_gpu_with_enough_shared_memory(
     assert columns._can_multiply_samples() == fits
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(device: torch.device, layout: str, used: list[bool]) -> None:
+def test_layouts(device: torch.device, layout: str, dtype: torch.dtype, used: list[bool]) -> None:
     """Of every tensor; slices whose pixels are not 16 bytes apart go by columns."""
     case = Case((2, 16, 5, 4), 6, (3, 3), padding=1, offset_groups=2, masked=True)
-    given = tensors(case, device, torch.bfloat16)
+    given = tensors(case, device, dtype)
     for name in ("input", "offset", "mask", "weight"):
         given[name] = LAYOUTS[layout](given[name])
     given["bias"] = given["bias"].repeat_interleave(2)[::2]
     got = output(given, case)
-    assert_near(got, output(as_double(given), case, reference.deform_conv2d), BOUNDS[torch.bfloat16])
+    assert_near(got, output(as_double(given), case, reference.deform_conv2d), BOUNDS[dtype])
     leaves = {name: tensor for name, tensor in given.items() if name != "output"}
     assert got["output"].stride() == reference.deform_conv2d(**leaves, **case.options).stride()
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("case", "dtype"),
     [
-        Case((1, 8, 5, 6), 3, (1, 1)),
-        Case((1, 8, 5, 6), 258, (1, 1)),
-        Case((1, 12, 5, 6), 4, (1, 1)),
-        Case((1, 16, 5, 6), 4, (1, 1), offset_groups=4),
-        Case((1, 16, 5, 6), 4, (1, 1), groups=2),
+        (Case((1, 8, 5, 6), 3, (1, 1)), torch.bfloat16),
+        (Case((1, 8, 5, 6), 258, (1, 1)), torch.bfloat16),
+        (Case((1, 12, 5, 6), 4, (1, 1)), torch.bfloat16),
+        (Case((1, 6, 5, 6), 4, (1, 1)), torch.float32),
+        (Case((1, 16, 5, 6), 4, (1, 1), offset_groups=4), torch.bfloat16),
+        (Case((1, 16, 5, 6), 4, (1, 1), groups=2), torch.bfloat16),
+        (Case((1, 8, 5, 6), 4, (1, 1)), torch.float64),
     ],
-    ids=["odd outputs", "258 outputs", "12 channels", "offset groups of 4", "groups"],
+    ids=["odd outputs", "258 outputs", "12 channels", "6 channels", "offset groups of 4", "groups", "float64"],
 )
-def test_other_cases_go_by_columns(device: torch.device, case: Case, used: list[bool]) -> None:
-    given = tensors(case, device, torch.bfloat16)
+def test_other_cases_go_by_columns(device: torch.device, case: Case, dtype: torch.dtype, used: list[bool]) -> None:
+    given = tensors(case, device, dtype)
     expected = output(as_double(given), case, reference.deform_conv2d)
-    assert_near(output(given, case), expected, BOUNDS[torch.bfloat16])
+    assert_near(output(given, case), expected, BOUNDS[dtype])
     assert used == [False] * uses_columns(device)
 
 

@@ -123,13 +123,45 @@ def test_atomic_add_of_every_type(selftest: Selftest, rng: np.random.Generator) 
         assert result.tolist() == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_tensor_cores_and_asynchronous_copies(selftest: Selftest, dtype: torch.dtype) -> None:
-    left, right = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype)
+    depth = 32 // dtype.itemsize
+    left, right = torch.randn(16, depth).to(dtype), torch.randn(depth, 8).to(dtype)
+    if dtype == torch.float32:  # few enough bits for TF32
+        left, right = left.half().float(), right.half().float()
     for _ in range(4):  # each launch draws anew when its copies happen
         out = torch.full((16, 8), torch.nan)
-        selftest("product", left, right.t().contiguous(), out, [torch.float16, torch.bfloat16].index(dtype))
+        code = [torch.float16, torch.bfloat16, torch.float32].index(dtype)
+        selftest("product", left, right.t().contiguous(), out, code)
         torch.testing.assert_close(out, left.float() @ right.float())
+
+
+def test_floats_as_tf32(selftest: Selftest, rng: np.random.Generator) -> None:
+    """One of them, the nearest, of a tie the larger; or two, as near as a float's last bit."""
+    x = rng.integers(0, 2**32, 200_000, dtype=np.uint32).view(np.float32)
+    ties = 1 + 2.0**-11 * np.array([1, 3, 5])
+    x = np.concatenate([x[np.abs(x) < 3.4e38], [0, 1, -3], ties, -ties]).astype(np.float32)
+    nearest, high, low = np.zeros((3, x.size), np.float32)
+    selftest("tf32", x, nearest, high, low, x.size)
+    for part in (nearest, high, low):
+        assert not (part.view(np.uint32) & 0x1FFF).any()
+    exact = x.astype(np.float64)
+    mantissa, exponent = np.frexp(np.abs(exact))
+    normal = np.abs(exact) > 2.0**-126
+    expected = np.copysign(np.ldexp(np.floor(np.ldexp(mantissa, 11) + 0.5), exponent - 11), exact)
+    np.testing.assert_array_equal(nearest[normal], expected[normal])
+    np.testing.assert_array_equal(high[normal], expected[normal])
+    error = np.abs(exact - high - low.astype(np.float64))
+    assert (error <= np.maximum(2.0**-23 * np.abs(exact), 2.0**-136)).all()
+
+
+def test_what_is_not_a_number_is_none_as_tf32(selftest: Selftest) -> None:
+    x = np.array([0x7F800001, 0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800000], np.uint32).view(np.float32)
+    nearest, high, low = np.zeros((3, x.size), np.float32)
+    selftest("tf32", x, nearest, high, low, x.size)
+    assert np.isnan(nearest).tolist() == [True, True, True, True, False]
+    assert np.isinf(nearest[-1])
+    assert np.isnan(low).all()
 
 
 @pytest.mark.parametrize("n", [1, 4, 63, 258, 1027])

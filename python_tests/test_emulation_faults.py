@@ -67,6 +67,7 @@ FAULTS = {
         r"__syncthreads between,",
         "tile",
     ),
+    "float_for_tf32": ("mma of a float that is not TF32", "multiply_add<float>"),
     "unwritten_static": (UNWRITTEN, "= tile[threadIdx.x];"),
     "unwritten_dynamic": (UNWRITTEN, "= tile[threadIdx.x];"),
     "overflow_in_index": (r"signed overflow: 70\d\d\d \* 70000 does not fit int", "row * columns"),

@@ -13,6 +13,7 @@ from ._checks import check_int
 
 _workspace = 96 * 2**20
 _TILE = 128  # rows and columns of a result that a multiprocessor computes at a time
+_MOST_OUTPUTS = 256  # of the kernel that samples and multiplies: tiles of more would take the same samples anew
 
 
 def set_workspace_limit(nbytes: int) -> None:
@@ -85,7 +86,7 @@ class Columns:
         if self._can_multiply_samples() and self._fills_device():
             addend = None if bias is None else bias.contiguous()
             where = (self.input, self.offset, self.mask, self.settings)
-            call("deform_multiply", self.device, *where, self.matrix, addend, result)
+            call("deform_multiply", self.device, *where, self.matrix, addend, result, _tf32_is_allowed())
             return result
         one_group = self.matrix.view(self.outputs, -1).t() if self.groups == 1 else None
         chunks = self._row_chunks(self.outputs)
@@ -162,9 +163,11 @@ class Columns:
 
     def _can_multiply_samples(self) -> bool:
         """Whether the kernel that samples and multiplies in one can do this call, on this device."""
-        most_outputs, vector = 256, 8  # with more outputs each tile of them would take the same samples anew
-        if self.input.element_size() != 2 or self.groups != 1 or self.outputs > most_outputs or self.outputs % 2 != 0:
+        if self.input.dtype == torch.float64 or self.groups != 1:
             return False
+        if self.outputs > _MOST_OUTPUTS or self.outputs % 2 != 0:
+            return False
+        vector = 16 // self.input.element_size()
         numbers = [self.width // self.offset_groups, *(self.input.stride(dim) for dim in (0, 2, 3))]
         addresses = [self.input.data_ptr(), self.matrix.data_ptr()]
         if any(number % vector for number in numbers) or any(address % 16 for address in addresses):
@@ -212,6 +215,13 @@ class Columns:
         starts = torch.searchsorted(targets, every)
         found = (weights, order, starts, input_gradient)
         call("deform_gather", self.device, self.input, self.offset, self.settings, columns, *found)
+
+
+def _tf32_is_allowed() -> bool:
+    """As PyTorch's own products ask, which raise where a precision was set and `allow_tf32` is read, from 2.9 on."""
+    matmul: Any = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:

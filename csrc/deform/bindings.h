@@ -93,12 +93,19 @@ void bind_deform(py::module_& m) {
 
 #else
 
+constexpr int64_t kMostCounted = int64_t{1} << 31;  // kernels count in 32 bits
+
+void check_pixels(const deform::Shape& s) {
+    if (s.images * s.out_height * s.out_width >= kMostCounted) {
+        throw std::invalid_argument("2^31 output pixels, or more");
+    }
+}
+
 void check_counts(const deform::Params& p) {
     const deform::Shape& s = p.shape;
-    constexpr int64_t limit = int64_t{1} << 31;  // kernels count these in 32 bits
-    if (s.images * s.out_height * s.out_width >= limit ||
-        s.images * s.height * s.width * s.offset_groups >= limit ||
-        p.count * s.offset_groups * p.taps >= limit) {
+    check_pixels(s);
+    if (s.images * s.height * s.width * s.offset_groups >= kMostCounted ||
+        p.count * s.offset_groups * p.taps >= kMostCounted) {
         throw std::invalid_argument("2^31 pixels or samples of a chunk, or more");
     }
 }
@@ -120,15 +127,16 @@ deform::Params deform_params(const TensorView& input, const TensorView& offset, 
 
 void deform_multiply(const TensorView& input, const TensorView& offset, const OptionalTensor& mask,
                      const DeformSettings& settings, const TensorView& weight, const OptionalTensor& bias,
-                     const TensorView& output, uint64_t where) {
+                     const TensorView& output, bool as_tf32, uint64_t where) {
     deform::Params p = deform_params(input, offset, mask, settings);
+    check_pixels(p.shape);
     p.count = output.size(0);
     p.taps = p.shape.kernel_h * p.shape.kernel_w;
-    check_counts(p);
     p.outputs = output.size(1);
     p.weight = weight.data();
     p.bias = data_or_null(bias);
     p.output = output.data();
+    p.as_tf32 = as_tf32;
     run(deform::multiply, p, input, where);
 }
 
@@ -179,7 +187,8 @@ void deform_gather(const TensorView& input, const TensorView& offset, const Defo
 void bind_deform(py::module_& m) {
     m.def("deform_product_bytes", &deform::product_bytes, py::arg("outputs"));
     m.def("deform_multiply", &deform_multiply, py::arg("input"), py::arg("offset"), py::arg("mask"),
-          py::arg("settings"), py::arg("weight"), py::arg("bias"), py::arg("output"), py::arg("where"));
+          py::arg("settings"), py::arg("weight"), py::arg("bias"), py::arg("output"), py::arg("as_tf32"),
+          py::arg("where"));
     m.def("deform_sample", &deform_sample, py::arg("input"), py::arg("offset"), py::arg("mask"),
           py::arg("settings"), py::arg("first"), py::arg("first_tap"), py::arg("columns"), py::arg("where"));
     m.def("deform_differentiate", &deform_differentiate, py::arg("input"), py::arg("offset"), py::arg("mask"),

@@ -156,14 +156,17 @@ int64_t product_bytes(int64_t outputs) {
 }
 
 void multiply(const Params& p, const Where& where) {
-    const auto with = [&](auto element) {
-        using T = decltype(element);
-        const auto kernel = p.outputs <= 128 ? multiply_samples<T, 128> : multiply_samples<T, 256>;
+    const auto with = [&](auto arithmetic) {
+        using Arithmetic = decltype(arithmetic);
+        const auto kernel =
+            p.outputs <= 128 ? multiply_samples<Arithmetic, 128> : multiply_samples<Arithmetic, 256>;
         launch(kernel, blocks(static_cast<uint32_t>(p.count), kRows), dim3(kThreads),
                static_cast<size_t>(product_bytes(p.outputs)), where.stream, p, Divisors(p));
     };
-    if (p.dtype == DType::kFloat16) with(__half(0.0f));
-    if (p.dtype == DType::kBFloat16) with(__nv_bfloat16(0.0f));
+    if (p.dtype == DType::kFloat16) with(Plain<__half>());
+    if (p.dtype == DType::kBFloat16) with(Plain<__nv_bfloat16>());
+    if (p.dtype == DType::kFloat32 && p.as_tf32) with(Tf32());
+    if (p.dtype == DType::kFloat32 && !p.as_tf32) with(Tf32Thrice());
 }
 
 void sample(const Params& p, const Where& where) {

@@ -1,16 +1,21 @@
-// The deformable convolution as one product on tensor cores, for 16-bit types: samples go to shared memory
-// and never to the device's. Included by cuda.cu alone.
+// The deformable convolution as one product on tensor cores, for 16-bit types and float32: samples go to
+// shared memory and never to the device's. Included by cuda.cu alone.
 //
-// D2: N16 C256 64x64 3x3, 256 outputs. 77 GFLOP; through columns 302 MB would be written and read again,
-// which takes as long as the product at 4.8 TB/s. Here 34 MB are read, 34 MB written, and the weight's 1.2 MB
-// once a tile from L2, 0.6 GB. A block computes 128 pixels by all outputs (128 or 256 of them: with more,
-// columns pay, since every tile of outputs would take the same samples), in steps of one tap and 64 channels.
-// A step moves 128 KB of fragments and 48 KB of new operands through shared memory and 64 KB of corners
-// through L1, 1900 cycles at 128 bytes each; its product takes 1600 by `mma`; and its warps issue 8 * 850
-// instructions in 1700, by count (3100 at first, with 16-bit numbers in arrays and branches at the border).
-// So 0.16 to 0.2 ms are expected on 132 multiprocessors against 0.12 ms of a bare product. (`wgmma`, which
-// reads operands once, would do with 1500 cycles: not written, as it is for one architecture alone.) Nothing
-// here has been timed on a GPU yet.
+// D2: N16 C256 64x64 3x3, 256 outputs. 77 GFLOP; through columns 302 MB would be written and read again in
+// 16-bit types, which takes as long as the product at 4.8 TB/s. Here 34 MB are read, 34 MB written, and the
+// weight's 1.2 MB once a tile from L2, 0.6 GB; of float32 twice as much. A block computes 128 pixels by all
+// outputs (128 or 256 of them: with more, columns pay, since every tile of outputs would take the same
+// samples), in steps of one tap and 128 bytes of channels. A step moves 128 KB of fragments and 48 KB of new
+// operands through shared memory and 64 KB of corners through L1, 1900 cycles at 128 bytes each.
+//
+// 16 bits: a step's product takes 1600 cycles by `mma`; and its warps issue 8 * 850 instructions in 1700, by
+// count (3100 at first, with 16-bit numbers in arrays and branches at the border). So 0.16 to 0.2 ms are
+// expected on 132 multiprocessors against 0.12 ms of a bare product. (`wgmma`, which reads operands once,
+// would do with 1500 cycles: not written, as it is for one architecture alone.)
+//
+// float32 takes three products in TF32 (Tf32Thrice): 4800 cycles a step, and 4400 to issue 8 * 2200
+// instructions. Twice as many steps make 0.8 ms, where the arithmetic of float alone needs 1.3 for the bare
+// product. Where TF32 is allowed it is one product, 0.3 ms. Nothing here has been timed on a GPU yet.
 //
 // Each of 8 warps has 64 pixels by a quarter of the outputs. Within a step, four times: the corners of the
 // next step's samples are loaded, 16 channels are multiplied, and the samples are blended and stored; so
@@ -24,26 +29,33 @@
 namespace wsss::deform {
 namespace {
 
-constexpr int kRows = 128;     // of a tile: output pixels
-constexpr int kDepth = 64;     // of a step: channels
-constexpr int kChunk = 8;      // channels in 16 bytes
-constexpr int kStages = 3;     // of the weight
-constexpr int kWarpRows = 64;  // of the tile, by a quarter of the outputs
+constexpr int kRows = 128;      // of a tile: output pixels
+constexpr int kRowBytes = 128;  // of a step's channels
+constexpr int kStages = 3;      // of the weight
+constexpr int kWarpRows = 64;   // of the tile, by a quarter of the outputs
 constexpr int kWarp = 32;
-constexpr int kChunks = kDepth / kChunk;       // of a row; as many threads have one each
+constexpr int kChunks = kRowBytes / 16;        // of a row; as many threads have one each
 constexpr int kRowsEach = kThreads / kChunks;  // that all threads have at a time
 constexpr int kParts = kRows / kRowsEach;      // of a step: rows to sample, and channels to multiply
 constexpr int kPartChunks = kChunks / kParts;
-static_assert(kPartChunks * kChunk == 16 && kRowsEach % 8 == 0 && kThreads == 8 * kWarp);
+static_assert(kPartChunks == 2 && kRowsEach % 8 == 0 && kThreads == 8 * kWarp);
+
+template <class T>
+constexpr int kChunk = 16 / sizeof(T);  // channels in 16 bytes
+template <class T>
+constexpr int kDepth = kChunks * kChunk<T>;  // of a step
 
 // Matrices of kDepth columns in shared memory, the chunks of each row exchanged so that neither the eight
 // rows that one instruction reads nor the eight chunks of a row share a bank.
-__device__ int chunk_offset(int row, int chunk) { return row * kDepth + (chunk ^ row % 8) * kChunk; }
+template <class T>
+__device__ T* chunk_of(T* matrix, int row, int chunk) {
+    return matrix + (row * kChunks + (chunk ^ row % 8)) * kChunk<T>;
+}
 
 template <int kOutputs, class T, class W>
 struct ProductMemory {
-    T samples[2][kRows * kDepth];
-    T weight[kStages][kOutputs * kDepth];
+    T samples[2][kRows * kDepth<T>];
+    T weight[kStages][kOutputs * kDepth<T>];
     Reading<W> readings[2][kRows];
 };
 
@@ -52,8 +64,8 @@ struct Step {
     uint32_t tap = 0, group = 0;  // which have samples of their own
     uint32_t slice = 0;           // of the offset group's channels, its first
 
-    __device__ void advance(const Params& p, uint32_t group_channels) {
-        slice += kDepth;
+    __device__ void advance(const Params& p, uint32_t group_channels, uint32_t depth) {
+        slice += depth;
         if (slice < group_channels) return;
         slice = 0;
         if (++group < p.shape.offset_groups) return;
@@ -64,11 +76,14 @@ struct Step {
     __device__ uint32_t channel(uint32_t group_channels) const { return group * group_channels + slice; }
 };
 
-template <class T, int kOutputs>
+template <class Arithmetic, int kOutputs>
 class Product {
   public:
+    using T = typename Arithmetic::T;
     using W = wide<T>;
     static constexpr int kTiles = kOutputs / 32;  // of 8 outputs, a warp's
+    // Parts at a time: with three products each, more would spill registers.
+    static constexpr int kUnrolled = std::is_same_v<Arithmetic, Tf32Thrice> ? 1 : kParts;
     using Memory = ProductMemory<kOutputs, T, W>;
 
     __device__ Product(const Params& p, const Divisors& by, Memory& memory)
@@ -76,7 +91,7 @@ class Product {
           memory_(memory),
           group_channels_(by.group_channels),
           steps_(static_cast<uint32_t>(p.taps * p.shape.offset_groups) *
-                 ((group_channels_ + kDepth - 1) / kDepth)),
+                 ((group_channels_ + kDepth<T> - 1) / kDepth<T>)),
           pixel_(blockIdx.x * kRows + threadIdx.x) {
         if (threadIdx.x >= kRows || pixel_ >= p.count) return;
         const uint32_t row = by.out_width.quotient(pixel_);
@@ -94,7 +109,7 @@ class Product {
         find_displacement();
         for (int part = 0; part < kParts; ++part) store_samples(0, part, load_chunk(part));
         place_samples();
-        sampled_.advance(p_, group_channels_);
+        sampled_.advance(p_, group_channels_, kDepth<T>);
         for (uint32_t step = 0; step < steps_; ++step) {
             __pipeline_wait_prior(1);
             __syncthreads();
@@ -102,15 +117,15 @@ class Product {
             const bool more = step + 1 < steps_;
             const bool changes = more && sampled_.slice == 0;
             if (changes) find_displacement();
-#pragma unroll
+#pragma unroll kUnrolled
             for (int part = 0; part < kParts; ++part) {
-                Corners<T, kChunk> corners;
+                Corners<T, kChunk<T>> corners;
                 if (more) corners = load_chunk(part);
                 multiply(step, part);
                 if (more) store_samples(step + 1, part, corners);
             }
             if (changes) place_samples();
-            sampled_.advance(p_, group_channels_);
+            sampled_.advance(p_, group_channels_, kDepth<T>);
         }
         write();
     }
@@ -131,20 +146,20 @@ class Product {
         }
         ++placings_;
         placed_.slice = group_channels_;
-        placed_.advance(p_, group_channels_);
+        placed_.advance(p_, group_channels_, kDepth<T>);
     }
 
     // A chunk of one of 32 rows a thread; `part` of four.
-    __device__ Corners<T, kChunk> load_chunk(int part) const {
-        const uint32_t own = sampled_.slice + kChunk * (threadIdx.x % kChunks);
+    __device__ Corners<T, kChunk<T>> load_chunk(int part) const {
+        const uint32_t own = sampled_.slice + kChunk<T> * (threadIdx.x % kChunks);
         const Reading<W>& reading = readings()[row_of(part)];
         const T* const first =
             static_cast<const T*>(p_.input) + reading.first + sampled_.group * group_channels_ + own;
-        return load_corners<kChunk>(first, reading, p_.input_strides, own < group_channels_);
+        return load_corners<kChunk<T>>(first, reading, p_.input_strides, own < group_channels_);
     }
-    __device__ void store_samples(uint32_t step, int part, const Corners<T, kChunk>& corners) {
+    __device__ void store_samples(uint32_t step, int part, const Corners<T, kChunk<T>>& corners) {
         const int row = row_of(part);
-        store(memory_.samples[step % 2] + chunk_offset(row, static_cast<int>(threadIdx.x) % kChunks),
+        store(chunk_of(memory_.samples[step % 2], row, static_cast<int>(threadIdx.x) % kChunks),
               blend(corners, readings()[row]));
     }
     __device__ static int row_of(int part) {
@@ -161,43 +176,46 @@ class Product {
         if (step < steps_) {
             const int chunk = static_cast<int>(threadIdx.x) % kChunks;
             const int first_row = static_cast<int>(threadIdx.x) / kChunks;
-            const uint32_t own = copied_.slice + kChunk * chunk;
+            const uint32_t own = copied_.slice + kChunk<T> * chunk;
             const int64_t columns = p_.taps * p_.shape.channels;
             const T* from = static_cast<const T*>(p_.weight) + first_row * columns +
                             copied_.tap * p_.shape.channels + copied_.group * group_channels_ + own;
             const int rows = own < group_channels_ ? static_cast<int>(p_.outputs) : 0;
-            T* const to = memory_.weight[step % kStages] + chunk_offset(first_row, chunk);
+            T* const to = chunk_of(memory_.weight[step % kStages], first_row, chunk);
 #pragma unroll
             for (int row = 0; row < kOutputs; row += kRowsEach) {
                 const bool there = first_row + row < rows;
-                __pipeline_memcpy_async(to + row * kDepth, from, 16, there ? 0 : 16);
+                __pipeline_memcpy_async(to + row * kDepth<T>, from, 16, there ? 0 : 16);
                 from += kRowsEach * columns;
             }
-            copied_.advance(p_, group_channels_);
+            copied_.advance(p_, group_channels_, kDepth<T>);
         }
         __pipeline_commit();
     }
 
-    // 16 channels of the step.
+    // A part of the step's channels: those of two chunks.
     __device__ void multiply(uint32_t step, int part) {
         const int lane = static_cast<int>(threadIdx.x) % kWarp;
         const T* const samples = memory_.samples[step % 2];
         const T* const weight = memory_.weight[step % kStages];
-        uint32_t left[4][4];
+        typename Arithmetic::template Operand<4> left[4];
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
-            load_matrices(left[m], samples + chunk_offset(first_row() + 16 * m + lane % 16,
-                                                          kPartChunks * part + lane / 16));
+            uint32_t words[4];
+            load_matrices(
+                words, chunk_of(samples, first_row() + 16 * m + lane % 16, kPartChunks * part + lane / 16));
+            left[m] = typename Arithmetic::template Operand<4>(words);
         }
 #pragma unroll
         for (int n = 0; n < kTiles; n += 2) {
-            uint32_t right[4];
-            load_matrices(right, weight + chunk_offset(first_output() + 8 * n + lane / 16 * 8 + lane % 8,
-                                                       kPartChunks * part + lane / 8 % 2));
+            uint32_t words[4];
+            load_matrices(words, chunk_of(weight, first_output() + 8 * n + lane / 16 * 8 + lane % 8,
+                                          kPartChunks * part + lane / 8 % 2));
+            const typename Arithmetic::template Operand<2> right_0(words), right_1(words + 2);
 #pragma unroll
             for (int m = 0; m < 4; ++m) {
-                multiply_add<T>(sums_[m][n], left[m], right[0], right[1]);
-                multiply_add<T>(sums_[m][n + 1], left[m], right[2], right[3]);
+                Arithmetic::add(sums_[m][n], left[m], right_0);
+                Arithmetic::add(sums_[m][n + 1], left[m], right_1);
             }
         }
     }
@@ -205,7 +223,7 @@ class Product {
     __device__ void write() const {
         const int lane = static_cast<int>(threadIdx.x) % kWarp;
         const T* const bias = static_cast<const T*>(p_.bias);
-        using Pair = decltype(narrow_pair(T(0.0f), 0.0f, 0.0f));  // stored as one word
+        using Pair = decltype(narrow_pair(T(0.0f), 0.0f, 0.0f));  // stored by one instruction
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
             const int output = first_output() + 8 * n + lane % 4 * 2;
@@ -239,9 +257,9 @@ class Product {
     float sums_[4][kTiles][4] = {};
 };
 
-template <class T, int kOutputs>
+template <class Arithmetic, int kOutputs>
 __global__ void __launch_bounds__(kThreads) multiply_samples(Params p, Divisors by) {
-    using Tile = Product<T, kOutputs>;
+    using Tile = Product<Arithmetic, kOutputs>;
     WSSS_DYNAMIC_SHARED(typename Tile::Memory, memory);
     Tile(p, by, *memory).run();
 }

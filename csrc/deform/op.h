@@ -55,6 +55,7 @@ struct Params {
     const void* weight;  // [outputs][taps][channels], dense, 16-byte aligned
     const void* bias;    // [outputs] of the element type, or null
     void* output;        // [count][outputs], dense
+    bool as_tf32;        // whether floats may be rounded so
 
     void* columns;            // [count][groups][taps][channels / groups], dense
     int64_t first, count;     // output pixels
@@ -80,8 +81,9 @@ WSSS_OPERATION(differentiate_weight, Params)
 
 // How many bytes of shared memory `multiply` needs for so many outputs.
 int64_t product_bytes(int64_t outputs);
-// output = bias + weight * samples, for 16-bit types, one weight group, channels of an offset group that are
-// a multiple of eight, an even number of outputs of at most 256, and 16-byte addresses and strides.
+// output = bias + weight * samples, for 16-bit types and float32, one weight group, channels of an offset
+// group that are a multiple of 16 bytes, an even number of outputs of at most 256, and 16-byte addresses and
+// strides.
 WSSS_OPERATION(multiply, Params)
 // columns = the samples.
 WSSS_OPERATION(sample, Params)

@@ -199,6 +199,13 @@ __global__ void overflow_in_index(int* memory) {
     if (row * columns + 1 > 0) memory[threadIdx.x] = 1;
 }
 
+__global__ void float_for_tf32(int* memory) {
+    const uint32_t left[4] = {__float_as_uint(0.1f)};
+    float sums[4] = {};
+    multiply_add<float>(sums, left, 0, 0);
+    memory[threadIdx.x] = static_cast<int>(sums[0]);
+}
+
 __global__ void nan_to_int(int* memory) {
     const float zero = static_cast<float>(memory[threadIdx.x]);
     memory[threadIdx.x] = static_cast<int>(zero / zero);
@@ -256,6 +263,7 @@ const Planted all_planted[] = {
     WSSS_PLANTED(unwritten_static),
     WSSS_PLANTED(unwritten_dynamic, 1, threads, threads * sizeof(int)),
     WSSS_PLANTED(overflow_in_index),
+    WSSS_PLANTED(float_for_tf32, 1, 32),
     WSSS_PLANTED(nan_to_int),
     WSSS_PLANTED(beyond_launch_bounds<96>),
     WSSS_PLANTED(too_much_shared, 1, threads, 200 * 1024),

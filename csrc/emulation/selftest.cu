@@ -46,21 +46,33 @@ __global__ void transpose_kernel(const T* in, T* out, int rows, int columns) {
 
 template <class T>
 __global__ void product_kernel(const T* left, const T* right, float* out) {
-    __shared__ __align__(16) uint16_t rows[24][16];  // of the left operand, then columns of the right one
+    constexpr int kChunk = 16 / sizeof(T);
+    __shared__ __align__(16) T rows[24][2 * kChunk];  // of the left operand, then columns of the right one
     const int lane = threadIdx.x;
-    const int row = lane / 2, column = lane % 2 * 8;
-    __pipeline_memcpy_async(&rows[row][column], left + row * 16 + column, 16);
+    const int row = lane / 2, column = lane % 2 * kChunk;
+    __pipeline_memcpy_async(&rows[row][column], left + row * 2 * kChunk + column, 16);
     __pipeline_commit();
-    if (lane < 16) __pipeline_memcpy_async(&rows[16 + row][column], right + row * 16 + column, 16);
+    if (lane < 16) __pipeline_memcpy_async(&rows[16 + row][column], right + row * 2 * kChunk + column, 16);
     __pipeline_commit();
     __pipeline_wait_prior(0);
     __syncwarp();
     uint32_t parts[4], columns[4];
-    load_matrices(parts, &rows[lane % 16][lane / 16 * 8]);
-    load_matrices(columns, &rows[16 + lane % 8][lane / 8 % 2 * 8]);
+    load_matrices(parts, &rows[lane % 16][lane / 16 * kChunk]);
+    load_matrices(columns, &rows[16 + lane % 8][lane / 8 % 2 * kChunk]);
     float sums[4] = {};
     multiply_add<T>(sums, parts, columns[0], columns[1]);
     for (int i = 0; i < 4; ++i) out[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sums[i];
+}
+
+// A float to the nearest TF32, and to two that add up to it.
+__global__ void tf32_kernel(const float* x, float* nearest, float* high, float* low, int n) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    const uint32_t word = __float_as_uint(x[i]);
+    nearest[i] = __uint_as_float(Tf32::Operand<1>(&word).words[0]);
+    const Tf32Thrice::Operand<1> two(&word);
+    high[i] = __uint_as_float(two.high[0]);
+    low[i] = __uint_as_float(two.low[0]);
 }
 
 template <class T>
@@ -340,8 +352,14 @@ const char* selftest_transpose(const void* in, void* out, int rows, int columns,
 }
 
 const char* selftest_product(const void* left, const void* right, float* out, int type, void* stream) {
-    constexpr decltype(&product<__half>) of_type[] = {product<__half>, product<__nv_bfloat16>};
+    constexpr decltype(&product<__half>) of_type[] = {product<__half>, product<__nv_bfloat16>,
+                                                      product<float>};
     return message_of([&] { of_type[type](left, right, out, stream); });
+}
+
+const char* selftest_tf32(const float* x, float* nearest, float* high, float* low, int n, void* stream) {
+    return message_of(
+        [&] { launch(tf32_kernel, (n + 255) / 256, 256, 0, stream, x, nearest, high, low, n); });
 }
 
 const char* selftest_scan(const int* in, int* out, int rows, int length, void* stream) {

@@ -47,9 +47,11 @@ const char* selftest_last_block(const int* x, int blocks, int* of_block, unsigne
 const char* selftest_order(int* clock, int* out, int blocks, int threads, void* stream);
 // Threads beyond n leave before the barrier; the rest count themselves.
 const char* selftest_early_exit(int* count, int n, void* stream);
-// out [16, 8] = left [16, 16] * right [16, 8] by tensor cores, both operands copied to shared memory
-// asynchronously, right transposed [8, 16]. type: 0 half, 1 bfloat16.
+// out [16, 8] = left [16, k] * right [k, 8] by tensor cores, both operands copied to shared memory
+// asynchronously, right transposed [8, k]. type: 0 half, 1 bfloat16, with k = 16; 2 float in TF32, k = 8.
 const char* selftest_product(const void* left, const void* right, float* out, int type, void* stream);
+// Of each of n floats the nearest in TF32, and the two that stand for it.
+const char* selftest_tf32(const float* x, float* nearest, float* high, float* low, int n, void* stream);
 // Writes out[i] for the flat index of each thread of a three-dimensional launch.
 const char* selftest_indices(int* out, const unsigned* grid, const unsigned* block, void* stream);
 
