@@ -34,8 +34,8 @@ and `all` is this machine's noise.
 
 On a CPU no columns are stored: samples are multiplied tile by tile in the caches, by a product of our own that is about
 as fast as oneDNN's there and twice as fast as MKL's. On CUDA samples are laid out in columns, in chunks of at most
-96 MiB (`wsss_ops.set_workspace_limit`), which PyTorch multiplies; most forwards in 16-bit types with up to 256
-outputs and one weight group need none: samples go through shared memory to the tensor cores."""
+96 MiB (`wsss_ops.set_workspace_limit`), which PyTorch multiplies; most forwards with up to 256 outputs and one
+weight group need none: samples go through shared memory to the tensor cores, float32 as pairs of TF32."""
 
 
 def ocr(results: Results) -> str:
@@ -64,8 +64,8 @@ reads of the levels, twice, beside their gradient."""
 def patch(results: Results) -> str:
     ours, reference = (digits(results["host_overhead_us"]["patch_split"][name]) for name in (OURS, "reference"))
     return f"""\
-The floor is `x.clone()`; `its kernel alone` writes into memory that is there. A call on a few numbers takes {ours} us,
-the reference's {reference} us: on small tensors the reference is as good."""
+The floor is `x.clone()`; `its kernel alone` writes into a preallocated output. A call on a few numbers takes {ours}
+us, the reference's {reference} us: on small tensors the reference is as good."""
 
 
 SECTIONS = [

@@ -42,7 +42,7 @@ __device__ __forceinline__ Packed<T, kCount> load_if(bool there, const T* from) 
             "  mov.u32 %3, 0;\n"
             "  @there ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n"
             "}"
-            : "=r"(packed.words[0]), "=r"(packed.words[1]), "=r"(packed.words[2]), "=r"(packed.words[3])
+            : "=&r"(packed.words[0]), "=&r"(packed.words[1]), "=&r"(packed.words[2]), "=&r"(packed.words[3])
             : "l"(__cvta_generic_to_global(from)), "r"(static_cast<int>(there)));
         return packed;
     }

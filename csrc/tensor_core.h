@@ -37,11 +37,11 @@ __device__ __forceinline__ void load_matrices(uint32_t (&parts)[4], const void* 
 template <class T>
 __device__ __forceinline__ void multiply_add(float (&sums)[4], const uint32_t (&left)[4], uint32_t right_0,
                                              uint32_t right_1) {
-#define WSSS_MULTIPLY_ADD(shape, type)                                                  \
+#define WSSS_MULTIPLY_ADD(shape, type)                                         \
     asm("mma.sync.aligned." shape ".row.col.f32." type "." type                \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])           \
-                 : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right_0), "r"(right_1))
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])           \
+        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right_0), "r"(right_1))
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {
         WSSS_MULTIPLY_ADD("m16n8k16", "bf16");
     } else if constexpr (std::is_same_v<T, float>) {

@@ -69,6 +69,25 @@ def step(
     return loss / count, count, out_of_candidate_rate(scores, tags, size=size)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_count_belongs_to_the_caller(device: torch.device, reduction: str) -> None:
+    """What sums it over processes does so in place, and tells autograd nothing of it."""
+    given = tensors(Case((2, 5, 6, 7)), device)
+    logits = given["logits"].requires_grad_()
+    gradients = []
+    for factor in (1, 10):
+        loss, count = ocr_loss(**given, reduction=reduction, return_count=True)
+        count.data.mul_(factor)
+        gradients += torch.autograd.grad(loss.sum(), logits)
+    assert torch.equal(*gradients)
+
+
+def test_scores_alone_have_a_gradient(device: torch.device) -> None:
+    given = tensors(Case((2, 5, 6, 7), prior=True), device)
+    loss = ocr_loss(given["logits"], given["tags"].float().requires_grad_(), prior=given["prior"].requires_grad_())
+    assert not loss.requires_grad
+
+
 @pytest.mark.parametrize(
     ("layout", "size", "autocast"),
     [("nchw", None, False), ("nchw", (12, 10), False), ("channels_last", None, False), ("channels_last", None, True)],

@@ -177,6 +177,31 @@ def test_batch_norm_counts_two_batches() -> None:
     assert blocks[1].num_batches_tracked == 2
 
 
+def test_the_stride_is_found_where_batch_norm_waits_for_other_processes() -> None:
+    """In training mode it takes no meta tensors; the modes stay what they are."""
+    norm = nn.SyncBatchNorm(4)
+    blocks = nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1), norm, nn.Dropout(0.0).eval())
+    learning = PatchLearning(blocks, 0, (2, 2))
+
+    def refuse(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert not module.training
+
+    norm.register_forward_pre_hook(refuse)
+    assert learning._find_stride(4) == (2, 2)
+    assert [block.training for block in blocks] == [True, True, False]
+
+
+def test_blocks_that_read_values_are_named() -> None:
+    class Reads(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * float(x.mean())
+
+    blocks = nn.Sequential(nn.Conv2d(4, 4, 1), Reads())
+    with pytest.raises(ValueError, match=r"blocks behind position must run on meta tensors, .* got RuntimeError: "):
+        PatchLearning(blocks, 0, (2, 2))(torch.ones(1, 4, 8, 8))
+    assert blocks[0].training
+
+
 def test_saves_like_its_blocks() -> None:
     blocks = chain(1, 2)
     learning = PatchLearning(blocks, 1, (2, 2))

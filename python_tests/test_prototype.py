@@ -188,6 +188,7 @@ def test_class_prototypes(device: torch.device, dtype: torch.dtype, layout: str)
     assignment = torch.randint(-2, 6, (3, 6, 5), device=device)
     assignment[0, 0, :2] = torch.tensor([2**40, -(2**40)], device=device)
     assignment[1] = 1
+    assignment = LAYOUTS[layout](assignment[:, None])[:, 0]
     exact = features.double().contiguous().requires_grad_()
     expected = reference.class_prototypes(exact, torch.where(assignment < 5, assignment, -1), 5)
     source = features.detach().requires_grad_()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from harness import (
@@ -306,6 +307,19 @@ def test_coefficients_of_voc() -> None:
 def test_coefficients_of_equal_counts() -> None:
     assert distribution_coefficients([7, 7, 7], 0).tolist() == [1, 1, 1]
     assert reference.distribution_coefficients([7, 7, 7], 0).tolist() == [1, 1, 1]
+
+
+def test_coefficients_are_found_without_reading_values() -> None:
+    """As a compiled graph must, and as counts on a GPU are."""
+    find = torch.compile(distribution_coefficients, backend="eager", fullgraph=True)
+    counts = torch.tensor(VOC_COUNTS)
+    assert torch.equal(find(counts, VOC_RESAMPLED), distribution_coefficients(counts, VOC_RESAMPLED))
+    assert distribution_coefficients(counts.to("meta"), 1.0).shape == counts.shape
+
+
+def test_coefficients_of_numpy_scalars() -> None:
+    counts = [np.int64(3), np.float32(4), 5]
+    assert torch.equal(distribution_coefficients(counts, np.float32(1)), distribution_coefficients([3, 4, 5], 1))
 
 
 Bad = tuple[Callable[[Tensor, Tensor, Tensor], object], type[Exception], str]

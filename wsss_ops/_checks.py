@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, cast
 
 import torch
@@ -68,8 +68,10 @@ def check_bool(name: str, value: Any) -> bool:
 
 
 def check_number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {value!r}")
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        value = float(value)  # NumPy's
     if not -_LARGEST_FLOAT <= value <= _LARGEST_FLOAT:  # an int can be larger than any float
         raise ValueError(f"{name} must be finite as a float, got {value}")
     return cast(float, value)

@@ -118,5 +118,5 @@ class ImageBank(nn.Module):
             raise ValueError(
                 f"num_classes of the state must be {self.num_classes}, as this bank's, got {state['num_classes']}"
             )
-        kept = [Stored(*(part.cpu() for part in parts)) for parts in state["images"]]
+        kept = [Stored(*(part.to("cpu", copy=True) for part in parts)) for parts in state["images"]]
         self._slots = {c: kept[i] for c, i in state["slots"].items()}

@@ -110,9 +110,9 @@ def ocr_loss(
         (loss, int64 tensor on the device of the logits); nothing is copied to the host.
 
         The gradient has dtype and memory format of the logits. It is that of the formula also where scores are far
-        apart: up to 1e30 in magnitude nothing overflows. It is the same in every run, and can be taken once, not twice.
-        A pixel with a NaN score (not ignored, its image tagged) counts as OC; its loss and gradient are NaN, so sum and
-        mean are too, and the gradients of other pixels are what they were.
+        apart: up to 1e30 in magnitude nothing overflows (infinite ones may give NaN). It is the same in every run, and
+        can be taken once, not twice. A pixel with a NaN score (not ignored, image tagged) counts as OC; its loss and
+        gradient are NaN, so sum and mean are too, and the gradients of other pixels are what they were.
 
     Memory: 6 bytes a pixel of the loss between forward and backward (10 for float64), and in a resized backward
     scratch of a few times the logits at their own size.
@@ -134,10 +134,12 @@ def ocr_loss(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     check_bool("return_count", return_count)
+    prior = None if prior is None else prior.detach()
     loss, count, _, _ = _ocr.ocr_loss(
-        logits, tags, prior, ignore, threshold, margin, scale, height, width, align_corners, reduction
+        logits, tags.detach(), prior, ignore, threshold, margin, scale, height, width, align_corners, reduction
     )
-    return (loss, count) if return_count else loss
+    # The backward needs the count, too, which callers sum over processes in place.
+    return (loss, count.clone()) if return_count else loss
 
 
 def annotation_correlation(tags: Tensor) -> Tensor:
@@ -184,8 +186,8 @@ def out_of_candidate_rate(
     height, width = _check(logits, tags, ignore, size, align_corners)
     count: Tensor = _ocr.ocr_count(logits.detach(), tags, ignore, height, width, align_corners)
     if ignore is None:
-        return count / max(logits.shape[0] * height * width, 1)
-    return count / (~ignore).sum().clamp_min(1)
+        return (count / max(logits.shape[0] * height * width, 1)).float()
+    return (count / (~ignore).sum().clamp_min(1)).float()
 
 
 def _check(

@@ -7,7 +7,8 @@ patches keep their place behind strided blocks, are our reading.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from math import lcm
 from typing import cast
@@ -23,6 +24,17 @@ PROBE = 1024  # pixels a side: many strides long, so that padding and rounding d
 LARGEST_STRIDE = 64
 
 
+@contextmanager
+def _in_eval_mode(blocks: nn.Module) -> Iterator[None]:
+    training = [module for module in blocks.modules() if module.training]
+    blocks.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class PatchLearning(nn.Module):
     """A chain of blocks with a patch branch beside the whole map.
 
@@ -33,7 +45,8 @@ class PatchLearning(nn.Module):
     Patches start at multiples of the stride of the blocks behind position, and zeros pad them to such a multiple, so
     that a cell of the merged map lies where the same cell of the whole map does: farther from the borders of patches
     and of the map than the blocks see, the two are equal. The stride is found in the first call, by running these
-    blocks once on shapes alone (meta tensors); they must not be exchanged afterwards for blocks of another stride.
+    blocks once in eval mode on shapes alone (meta tensors); they must not be exchanged afterwards for blocks of another
+    stride.
 
     BatchNorm in training mode normalises the patches, padding included, and the whole maps as two batches, and its
     running statistics average over both; keep it in eval mode where both should be normalised alike.
@@ -68,8 +81,9 @@ class PatchLearning(nn.Module):
 
         Raises:
             TypeError: if x is no tensor of float64, float32, float16 or bfloat16.
-            ValueError: if x is not 4-d, or a block behind position does not map patches of h x w pixels to
-                h / stride x w / stride cells: those with an odd kernel do where they pad half of it.
+            ValueError: if x is not 4-d; if the blocks behind position do not run on meta tensors, or do not map
+                patches of h x w pixels to h / stride x w / stride cells: those with an odd kernel do where they pad
+                half of it.
             RuntimeError: if x is on a GPU and the CUDA backend was not built.
         """
         check_tensor("x", x, "N, D, H, W", FLOATS)
@@ -99,9 +113,15 @@ class PatchLearning(nn.Module):
             name: tensor.to("meta", torch.float32 if tensor.is_floating_point() else None)
             for name, tensor in chain(blocks.named_parameters(), blocks.named_buffers())
         }
-        with torch.no_grad():
-            probe = torch.empty(1, channels, PROBE, PROBE, device="meta", dtype=torch.float32)
-            shape = functional_call(blocks, state, (probe,)).shape
+        probe = torch.empty(1, channels, PROBE, PROBE, device="meta", dtype=torch.float32)
+        try:
+            with torch.no_grad(), _in_eval_mode(blocks):  # a synchronised BatchNorm would wait for other processes
+                shape = functional_call(blocks, state, (probe,)).shape
+        except Exception as error:  # of whatever the blocks do
+            raise ValueError(
+                f"blocks behind position must run on meta tensors, by which their stride is found, got "
+                f"{type(error).__name__}: {error}"
+            ) from error
         if len(shape) != 4 or min(shape[2:]) < PROBE // LARGEST_STRIDE or max(shape[2:]) > PROBE:
             raise ValueError(
                 f"blocks must map maps to maps, at a stride of 1 to {LARGEST_STRIDE}, got shape {list(shape)} for "

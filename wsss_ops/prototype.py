@@ -65,10 +65,11 @@ def prototype_cam(
 
     Returns:
         [N, C, H, W] in the dtype of the features, contiguous; sums and cosines are float32 or wider. Exactly zero
-        for classes without seeds. Cosines as in torch.nn.functional.cosine_similarity with eps=1e-8; relu has the
-        gradient 0 at 0. Results and gradients are the same in every run; the gradient can be taken once, not twice.
-        A NaN feature gives NaN at its own pixel (for the classes that have seeds) and, through its prototype, to its
-        seed's class; NaN in the cam counts as larger than any number.
+        for classes without seeds. Cosines as in torch.nn.functional.cosine_similarity with eps=1e-8, of features
+        whose squares a float32 can sum (to 1e18 in magnitude); relu has the gradient 0 at 0. Results and gradients are
+        the same in every run; the gradient can be taken once, not twice. A NaN feature gives NaN at its own pixel (for
+        the classes that have seeds) and, through its prototype, to its seed's class; NaN in the cam counts as larger
+        than any number.
 
     Memory for the backward pass: the features (or their resized copy), and C + 1 wide numbers a pixel.
 
@@ -138,7 +139,7 @@ def class_prototypes(features: Tensor, assignment: Tensor, num_classes: int) -> 
     check_device("assignment", assignment, "features", features)
     classes = check_int("num_classes", num_classes, 1)
     check_classes("num_classes", classes)
-    seeds = torch.where((assignment >= 0) & (assignment < classes), assignment, -1).to(torch.int16)
+    seeds = torch.where((assignment >= 0) & (assignment < classes), assignment, -1).to(torch.int16).contiguous()
     prototypes: Tensor = _class_prototypes(features, seeds, classes)[0]
     return prototypes.to(features.dtype)
 

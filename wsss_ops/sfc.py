@@ -103,7 +103,7 @@ def msdw_loss(
     check_number("scale_weight", scale_weight)
     dtype = torch.promote_types(torch.promote_types(cam_w.dtype, cam_p.dtype), cam_w_small.dtype)
     cams = (cam.to(dtype) for cam in (cam_w, cam_p, cam_w_small))
-    loss: Tensor = _msdw_loss(*cams, tags, coefficients.detach(), prototype_weight, scale_weight)[0]
+    loss: Tensor = _msdw_loss(*cams, tags.detach(), coefficients.detach(), prototype_weight, scale_weight)[0]
     return loss
 
 
@@ -113,7 +113,8 @@ def distribution_coefficients(class_counts: Tensor | Sequence[float], resampled_
     DC_i = sum over j of |n_i - n_j| / (n_i + resampled_per_class), divided by the mean of all DC.
 
     Args:
-        class_counts: [C - 1] numbers of training images that have each foreground class, at least 0.
+        class_counts: [C - 1] numbers of training images that have each foreground class, at least 0. (Values are not
+            checked on a GPU, nor while compiling.)
         resampled_per_class: how many images of each class the image bank adds in an epoch, at least 0.
 
     Returns:
@@ -130,17 +131,17 @@ def distribution_coefficients(class_counts: Tensor | Sequence[float], resampled_
     if check_number("resampled_per_class", resampled_per_class) < 0:
         raise ValueError(f"resampled_per_class must be at least 0, got {resampled_per_class}")
     counts = class_counts.double()
-    if counts.numel() == 0 or not bool(((counts >= 0) & counts.isfinite()).all()):
+    seen = counts + resampled_per_class
+    readable = counts.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere the host would wait
+    if counts.numel() == 0 or (readable and not bool(((counts >= 0) & counts.isfinite()).all())):
         raise ValueError(
             f"class_counts must be at least one number, all finite and at least 0, got {class_counts.tolist()}"
         )
-    seen = counts + resampled_per_class
-    if not bool((seen > 0).all()):
+    if readable and not bool((seen > 0).all()):
         raise ValueError("class_counts must be above 0 where nothing is resampled, got 0")
     apart = (counts[:, None] - counts).abs().sum(1) / seen
-    if not bool(apart.any()):
-        return torch.ones_like(apart, dtype=torch.float32)
-    return (apart / apart.mean()).float()
+    mean = apart.mean()
+    return torch.where(mean == 0, 1.0, apart / mean).float()
 
 
 def _settings(cam_w: Tensor, cam_w_small: Tensor, prototype_weight: float, scale_weight: float) -> tuple[float, float]:

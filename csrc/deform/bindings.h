@@ -93,10 +93,10 @@ void bind_deform(py::module_& m) {
 
 #else
 
-constexpr int64_t kMostCounted = int64_t{1} << 31;  // kernels count in 32 bits
+constexpr int64_t kTooMany = int64_t{1} << 31;  // for kernels, which count in 32 bits
 
 void check_pixels(const deform::Shape& s) {
-    if (s.images * s.out_height * s.out_width >= kMostCounted) {
+    if (s.images * s.out_height * s.out_width >= kTooMany) {
         throw std::invalid_argument("2^31 output pixels, or more");
     }
 }
@@ -104,8 +104,8 @@ void check_pixels(const deform::Shape& s) {
 void check_counts(const deform::Params& p) {
     const deform::Shape& s = p.shape;
     check_pixels(s);
-    if (s.images * s.height * s.width * s.offset_groups >= kMostCounted ||
-        p.count * s.offset_groups * p.taps >= kMostCounted) {
+    if (s.images * s.height * s.width * s.offset_groups >= kTooMany ||
+        p.count * s.offset_groups * p.taps >= kTooMany) {
         throw std::invalid_argument("2^31 pixels or samples of a chunk, or more");
     }
 }

@@ -32,7 +32,7 @@ ocr::Params ocr_params(const TensorView& logits, const TensorView& tags, const O
     p.scale = settings[2];
     constexpr int64_t limit = int64_t{1} << 30;  // kernels count these in 32 bits
     if (height * width > limit || p.images * ocr::blocks_per_image(p) > limit ||
-        p.images * p.height * std::max(p.width, width) / 64 > limit) {
+        p.images * p.height * (std::max(p.width, width) / 64 + 1) > limit) {
         throw std::invalid_argument("more than 2^30 pixels of an image, or parts of all");
     }
     return p;

@@ -200,6 +200,8 @@ struct Staging {
     size_t bytes;  // 0: without
 };
 
+constexpr size_t kStaticBytes = 128;  // of `add_block`
+
 // For classes side by side: as many threads as have pixels that fit 48 KiB, at least a warp; none where not
 // even a warp's fit what the smallest GPU has.
 template <class W>
@@ -207,7 +209,7 @@ Staging choose_staging(const Params& p, bool side_by_side) {
     int threads = kThreads;
     while (threads > 32 && Stage<W>::shared_bytes(p.classes, threads) > (48 << 10)) threads /= 2;
     const size_t bytes = Stage<W>::shared_bytes(p.classes, threads);
-    const bool fits = bytes + Classes::shared_bytes(p.classes) <= (99 << 10);
+    const bool fits = bytes + Classes::shared_bytes(p.classes) + kStaticBytes <= (99 << 10);
     return side_by_side && fits ? Staging{threads, bytes} : Staging{kThreads, 0};
 }
 
