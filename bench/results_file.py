@@ -12,23 +12,26 @@ Results = dict[str, Any]  # the content
 
 
 def load(path: Path) -> Results:
-    """Ends the program with a message where path holds no results."""
+    """Raises ValueError naming path where it holds no results."""
     try:
         results: Results = read_json(path)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{path}: cannot be read as results ({error})") from error
+        raise ValueError(f"{path}: cannot be read as results ({error})") from error
     if "cases" not in results:
-        raise SystemExit(f"{path} is not what wsss-ops bench --out writes")
+        raise ValueError(f"{path} is not what wsss-ops bench --out writes")
     return results
 
 
 def merged(parts: Sequence[Results]) -> Results:
-    """Results of several runs as one; where two have a case, the later one's."""
+    """Results of several runs as one; where two have a case, the later one's.
+
+    Raises ValueError where they are of different machines or versions.
+    """
     cases: dict[str, Any] = {}
     overheads: dict[str, Any] = {}
     for part in parts:
         if part["environment"] != parts[0]["environment"]:
-            raise SystemExit("these results are of different machines or versions, which make no table")
+            raise ValueError("these results are of different machines or versions, which make no table")
         cases |= {case["name"]: case for case in part["cases"]}
         overheads |= part["host_overhead_us"]
     return {**parts[-1], "cases": list(cases.values()), "host_overhead_us": overheads}

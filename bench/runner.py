@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from wsss_ops._files import write_json
+from wsss_ops._files import check_file, write_json
 from wsss_ops.info import environment, missing
 
 from .cases import CASES, OPERATORS, OVERHEADS, Case
@@ -73,20 +73,20 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def check(arguments: argparse.Namespace, device: str) -> None:
-    """Ends the program with a message where the arguments, or the machine, forbid what they ask for."""
+    """Raises ValueError where the arguments, or the machine, forbid what they ask for."""
     if device == "cuda" and not arguments.show:
         reason = next((line for line in missing() if line.startswith("CUDA")), None)
         if reason is not None:
-            raise SystemExit(f"--device cuda: {reason}")
+            raise ValueError(f"--device cuda: {reason}")
     if arguments.rounds < 5:
-        raise SystemExit(f"--rounds must be at least 5, got {arguments.rounds}")
+        raise ValueError(f"--rounds must be at least 5, got {arguments.rounds}")
     if arguments.add and arguments.out is None:
-        raise SystemExit("--add needs --out, the file to add to")
+        raise ValueError("--add needs --out, the file to add to")
     for option, path in (("--out", arguments.out), ("--plot", arguments.plot)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise SystemExit(f"{option}: there is no folder {path.absolute().parent}")
+        if path is not None:
+            check_file(option, path)
     if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib")
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
 
 
 def run(

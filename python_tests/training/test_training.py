@@ -216,6 +216,43 @@ def test_bad_options_leave_nothing_behind(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"), [("file", "it is a file"), ("file/x", "Not a directory"), ("/proc/nope", "")]
+)
+def test_a_folder_that_cannot_be_made_is_told_before_the_work(
+    voc: Path, unbroken: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, name: str, reason: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(Training, "run", lambda self: pytest.fail("trained"))
+    monkeypatch.setattr("wsss_ops.training.evaluate.evaluate_and_report", lambda *_, **__: pytest.fail("evaluated"))
+    (tmp_path / "file").write_text("precious")
+    out = tmp_path / name
+    message = f"error: --out: {out} cannot be made a folder: {reason}"
+    assert train_here(*command("cam", voc, out)) == 2
+    assert message in capsys.readouterr().err
+    assert evaluate_here(unbroken[0], out) == 2
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+INTERRUPTED = """
+import os, signal
+from wsss_ops.training import checkpoints
+save = checkpoints.save
+def save_and_interrupt(path, content):
+    save(path, content)
+    os.kill(os.getpid(), signal.SIGINT)
+checkpoints.save = save_and_interrupt
+"""
+
+
+def test_an_interrupted_run_says_that_the_same_command_resumes(voc: Path, tmp_path: Path) -> None:
+    done = train_apart(*command("cam", voc, tmp_path / "run"), prelude=INTERRUPTED)
+    assert done.returncode == 130
+    assert done.stderr == f"interrupted; the same command resumes the run in {tmp_path / 'run'}\n"
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
 def test_evaluate_repeats_the_figures_of_training(
     voc: Path, unbroken: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ import functools
 import importlib
 import itertools
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs the parsed command; returns the exit status."""
+    """Runs the parsed command; returns the exit status. Raises ValueError for what it is given and cannot use."""
     try:
         settings = read_settings(args, SYSTEMS[args.system].Settings)
         with join_processes(args.device) as processes:
@@ -72,9 +73,9 @@ def main(args: argparse.Namespace) -> int:
                 args.system, settings, args.out, processes, ops=args.ops, evaluation=not args.no_evaluation,
                 panels=args.panels, check=args.check, workers=args.workers, save_every=args.save_every,
             )  # fmt: skip
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command resumes the run in {args.out}", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 
@@ -85,7 +86,7 @@ def run(
     """Trains a system into the folder out, or resumes there, and evaluates it; returns the content of metrics.json.
 
     A finished run prints its figures and does nothing. Raises ValueError for data that are not in order and where out
-    holds a run with other settings.
+    holds a run with other settings or cannot be written into.
     """
     data = {split: open_dataset(settings.data, split, check=check) for split in ("train", "dev", "val")}
     if settings.imbalance > 1:
