@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 
+import numpy as np
 import pytest
 import torch
 from training.runs import ENVIRONMENT, RUNNER, command, evaluate_here, train_apart, train_here
@@ -213,6 +214,14 @@ def test_bad_options_leave_nothing_behind(
 ) -> None:
     assert train_here(*command("cam", voc, tmp_path / "run", *more)) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_faulty_data_leave_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    voc = make_voc(tmp_path / "voc")
+    np.savez(voc / "VOC2012" / "cls_labels.npz", ids=np.array(["a"]), labels=np.ones((1, 19)))
+    assert train_here(*command("cam", voc, tmp_path / "run", "--check", "headers")) == 2
+    assert "cls_labels.npz: labels must be" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
