@@ -296,6 +296,16 @@ def test_counts_below_0_are_usage_errors(
     assert f"argument {command[-1]}: must be a whole number of at least 0, got -1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", ["-1", "nan", "often"])
+def test_times_between_checkpoints_that_cannot_be_are_usage_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["train", "cam", "--out", str(tmp_path / "out"), "--save-every", value])
+    assert error.value.code == 2
+    assert f"argument --save-every: must be a number of at least 0, got {value}" in capsys.readouterr().err
+
+
 def test_evaluate_tells_what_it_cannot_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for checkpoint, message in (
         (tmp_path, "model.pt does not exist"),

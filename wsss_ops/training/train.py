@@ -16,7 +16,7 @@ from typing import Any
 
 from wsss_ops._files import read_json
 from wsss_ops.training import checkpoints
-from wsss_ops.training.arguments import add_common_arguments, natural
+from wsss_ops.training.arguments import add_common_arguments, natural, seconds
 from wsss_ops.training.batches import TrainingBatches
 from wsss_ops.training.cam import CamSystem, SettingsAfterCam, read_start
 from wsss_ops.training.comparison import compare
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         options.add_argument("--no-evaluation", action="store_true", help="leave the evaluation at the end out")
         add_common_arguments(options)
         options.add_argument("--workers", type=natural, help="processes that read images (default: by CPU cores)")
-        options.add_argument("--save-every", type=float, default=15, help="seconds between checkpoints (default: 15)")
+        options.add_argument("--save-every", type=seconds, default=15, help="seconds between checkpoints (default: 15)")
 
 
 def main(args: argparse.Namespace) -> int:
