@@ -9,17 +9,18 @@ from typing import Any
 from wsss_ops._files import read_json
 
 Results = dict[str, Any]  # the content
+TYPES = {"environment": dict, "device": str, "rounds": int, "cases": list, "host_overhead_us": dict}
 
 
 def load(path: Path) -> Results:
     """Raises ValueError naming path where it holds no results."""
     try:
-        results: Results = read_json(path)
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as results ({error})") from error
-    if "cases" not in results:
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in TYPES.items()):
         raise ValueError(f"{path} is not what wsss-ops bench --out writes")
-    return results
+    return content
 
 
 def merged(parts: Sequence[Results]) -> Results:

@@ -155,6 +155,17 @@ def test_results_of_several_runs(
     assert "different machines or versions" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["3", "[]", '{"cases": []}', "no JSON", None])
+def test_a_file_that_holds_no_results_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None
+) -> None:
+    file = tmp_path / "results.json"
+    if content is not None:
+        file.write_text(content)
+    assert main(["bench", "--show", str(file)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {file}")
+
+
 def test_a_gpu_sleeps_while_the_host_enqueues(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice the time of the host's part, at most a tenth of a second."""
     slept: list[int] = []
