@@ -307,11 +307,13 @@ def test_times_between_checkpoints_that_cannot_be_are_usage_errors(
 
 
 def test_evaluate_tells_what_it_cannot_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.pt").write_bytes(b"nonsense")
+    (tmp_path / "empty.pt").touch()
     for checkpoint, message in (
         (tmp_path, "model.pt does not exist"),
         (tmp_path / "x.pt", "is not a readable PyTorch file"),
+        (tmp_path / "empty.pt", "is not a readable PyTorch file of tensors: it is empty"),
     ):
-        (tmp_path / "x.pt").write_bytes(b"nonsense")
         assert evaluate_here(checkpoint, tmp_path / "out") == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()

@@ -23,6 +23,8 @@ def load(path: Path) -> dict[str, Any]:
     Raises ValueError naming the file where it cannot be read.
     """
     try:
+        if path.stat().st_size == 0:
+            raise ValueError("it is empty")  # of which torch says nothing
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for damaged files, some with pages of advice
         cause = str(error).split("\n")[0].split(". ")[0]
