@@ -1,13 +1,16 @@
-"""Files that appear under their final name in one step, whole or not at all."""
+"""Files that appear under their final name in one step, whole or not at all; whether they can, told before the work."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
+
+TEMPORARY = re.compile(r"\..+\.(json|png|pt)\.(\d{1,7})")  # of `write_atomic`, with the process
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -15,7 +18,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     A reader, or a run after a crash, finds the old file or the new one, never a part.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # as TEMPORARY
     try:
         with temporary.open("wb") as file:
             write(file)
@@ -24,6 +27,28 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes the temporary files of `write_atomic` in folder and below, of processes that were ended while they wrote.
+
+    Those of other processes that are alive stay. No other thread may be writing.
+    """
+    for file in list(folder.rglob(".*")):
+        found = TEMPORARY.fullmatch(file.name)
+        # In a container the process of the run before may have had the number of this one.
+        if found and file.is_file() and (int(found[2]) == os.getpid() or not _is_alive(int(found[2]))):
+            file.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def make_folder(path: Path) -> None:

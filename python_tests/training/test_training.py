@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -82,9 +83,11 @@ def test_a_killed_run_resumes_to_the_figures_of_an_unbroken_one(
     assert train_apart(*command("cam", voc, out), prelude=KILLED).returncode == -signal.SIGKILL
     assert checkpoints.load(out / "checkpoint.pt")["position"] == (0, 1, 2)
     assert not (out / "metrics.json").exists()
+    assert len(list(out.glob(".checkpoint.pt.*"))) == 1
     done = train_apart(*command("cam", voc, out))
     assert done.returncode == 0, done.stderr
     assert "resuming" in done.stdout
+    assert {file.name for file in out.iterdir()} == {file.name for file in unbroken[0].iterdir()}
     assert metrics(out) == metrics(unbroken[0])
     one, other = (torch.load(folder / "model.pt", weights_only=True)["network"] for folder in (out, unbroken[0]))
     assert all(torch.equal(one[key], other[key]) for key in one)
@@ -328,6 +331,18 @@ def test_without_matplotlib_the_curve_is_left_out_and_training_says_so_first(
     assert printed.index("pip install matplotlib") < printed.index("trained in")
     assert not (tmp_path / "run" / "curve.png").exists()
     assert (tmp_path / "run" / "panels.png").exists()
+
+
+def test_a_claim_removes_what_dead_processes_left_half_written_alone(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left = [f".checkpoint.pt.{ended.pid}", f"cam/.metrics.json.{ended.pid}", f".model.pt.{os.getpid()}"]
+    kept = [f".model.pt.{os.getppid()}", f".notes.{ended.pid}", f"model.pt.{ended.pid}"]
+    (tmp_path / "cam").mkdir()
+    for name in (*left, *kept):
+        (tmp_path / name).touch()
+    checkpoints.claim(tmp_path, {"system": "cam"})
+    assert {file.name for file in tmp_path.rglob("*") if file.is_file()} == {*kept, "settings.json"}
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wsss_ops._files import make_folder, read_json, write_atomic, write_json
+from wsss_ops._files import make_folder, read_json, remove_leftovers, write_atomic, write_json
 
 SETTINGS, CHECKPOINT, MODEL, METRICS = "settings.json", "checkpoint.pt", "model.pt", "metrics.json"
 
@@ -70,8 +70,10 @@ def check_claim(out: Path, settings: dict[str, Any]) -> None:
 def claim(out: Path, settings: dict[str, Any]) -> None:
     """Makes the folder out that of a run with these settings, unless it is already.
 
+    Removes what ended processes left half written in it.
     Raises ValueError where it is another run's or cannot be written into.
     """
     check_claim(out, settings)
     make_folder(out)
+    remove_leftovers(out)
     write_json(out / SETTINGS, settings)
