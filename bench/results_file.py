@@ -23,16 +23,21 @@ def load(path: Path) -> Results:
     return content
 
 
+def check_environments(environments: Sequence[dict[str, str]]) -> None:
+    """Raises ValueError where results of these environments make no table, because they differ."""
+    if any(environment != environments[0] for environment in environments):
+        raise ValueError("these results are of different machines or versions, which make no table")
+
+
 def merged(parts: Sequence[Results]) -> Results:
     """Results of several runs as one; where two have a case, the later one's.
 
     Raises ValueError where they are of different machines or versions.
     """
+    check_environments([part["environment"] for part in parts])
     cases: dict[str, Any] = {}
     overheads: dict[str, Any] = {}
     for part in parts:
-        if part["environment"] != parts[0]["environment"]:
-            raise ValueError("these results are of different machines or versions, which make no table")
         cases |= {case["name"]: case for case in part["cases"]}
         overheads |= part["host_overhead_us"]
     return {**parts[-1], "cases": list(cases.values()), "host_overhead_us": overheads}

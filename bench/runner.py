@@ -21,7 +21,7 @@ from wsss_ops.info import environment, missing
 from .cases import CASES, OPERATORS, OVERHEADS, Case
 from .measure import host_overhead, interleaved, noting, peak_memory
 from .report import header, plot, table
-from .results_file import Results, failures, load, merged
+from .results_file import Results, check_environments, failures, load, merged
 
 DATA_SETS = 4  # per case, more than caches hold at the sizes of the cases
 PEERS = ("reference", "torchvision", "bmm", "broadcast")  # how their names begin; an error of theirs is theirs
@@ -57,6 +57,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.show:
         own, whole = [], keep(earlier.pop())  # whose errors have been told
     else:
+        check_environments([*(part["environment"] for part in earlier), environment()])
         operators = arguments.op or OPERATORS
         results = run(torch.device(device), operators, arguments.rounds, not arguments.no_compile, keep)
         own, whole = failures(results), keep(results)

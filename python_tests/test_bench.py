@@ -153,6 +153,9 @@ def test_results_of_several_runs(
     two.write_text(two.read_text().replace('"python": "', '"python": "2'))
     assert main(["bench", "--show", str(two), str(one)]) == 2
     assert "different machines or versions" in capsys.readouterr().err
+    monkeypatch.setattr(runner, "run", lambda *_: pytest.fail("measured"))
+    assert main([*options, "--out", str(two), "--add"]) == 2
+    assert "different machines or versions" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["3", "[]", '{"cases": []}', "no JSON", None])
