@@ -107,7 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     only.add_argument("--results", type=Path, help="write nothing, print the tables of all cases of this file")
     options = parser.parse_args(arguments)
     if options.results is not None:
-        results = succeeded(load(options.results))
+        try:
+            results = succeeded(load(options.results))
+        except ValueError as error:
+            parser.error(f"--results: {error}")
         print("\n\n".join([f"Measured on {measured(results)}.", *everything(results)]))
         return 0
     current = README.read_text()

@@ -9,26 +9,35 @@ from typing import Any
 from wsss_ops._files import read_json
 
 Results = dict[str, Any]  # the content
+TYPES = {"environment": dict, "device": str, "rounds": int, "cases": list, "host_overhead_us": dict}
 
 
 def load(path: Path) -> Results:
-    """Ends the program with a message where path holds no results."""
+    """Raises ValueError naming path where it holds no results."""
     try:
-        results: Results = read_json(path)
+        content = read_json(path)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{path}: cannot be read as results ({error})") from error
-    if "cases" not in results:
-        raise SystemExit(f"{path} is not what wsss-ops bench --out writes")
-    return results
+        raise ValueError(f"{path}: cannot be read as results ({error})") from error
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in TYPES.items()):
+        raise ValueError(f"{path} is not what wsss-ops bench --out writes")
+    return content
+
+
+def check_environments(environments: Sequence[dict[str, str]]) -> None:
+    """Raises ValueError where results of these environments make no table, because they differ."""
+    if any(environment != environments[0] for environment in environments):
+        raise ValueError("these results are of different machines or versions, which make no table")
 
 
 def merged(parts: Sequence[Results]) -> Results:
-    """Results of several runs as one; where two have a case, the later one's."""
+    """Results of several runs as one; where two have a case, the later one's.
+
+    Raises ValueError where they are of different machines or versions.
+    """
+    check_environments([part["environment"] for part in parts])
     cases: dict[str, Any] = {}
     overheads: dict[str, Any] = {}
     for part in parts:
-        if part["environment"] != parts[0]["environment"]:
-            raise SystemExit("these results are of different machines or versions, which make no table")
         cases |= {case["name"]: case for case in part["cases"]}
         overheads |= part["host_overhead_us"]
     return {**parts[-1], "cases": list(cases.values()), "host_overhead_us": overheads}

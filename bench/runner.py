@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from wsss_ops._files import write_json
+from wsss_ops._files import check_file, write_json
 from wsss_ops.info import environment, missing
 
 from .cases import CASES, OPERATORS, OVERHEADS, Case
 from .measure import host_overhead, interleaved, noting, peak_memory
 from .report import header, plot, table
-from .results_file import Results, failures, load, merged
+from .results_file import Results, check_environments, failures, load, merged
 
 DATA_SETS = 4  # per case, more than caches hold at the sizes of the cases
 PEERS = ("reference", "torchvision", "bmm", "broadcast")  # how their names begin; an error of theirs is theirs
@@ -57,6 +57,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.show:
         own, whole = [], keep(earlier.pop())  # whose errors have been told
     else:
+        check_environments([*(part["environment"] for part in earlier), environment()])
         operators = arguments.op or OPERATORS
         results = run(torch.device(device), operators, arguments.rounds, not arguments.no_compile, keep)
         own, whole = failures(results), keep(results)
@@ -73,20 +74,20 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def check(arguments: argparse.Namespace, device: str) -> None:
-    """Ends the program with a message where the arguments, or the machine, forbid what they ask for."""
+    """Raises ValueError where the arguments, or the machine, forbid what they ask for."""
     if device == "cuda" and not arguments.show:
         reason = next((line for line in missing() if line.startswith("CUDA")), None)
         if reason is not None:
-            raise SystemExit(f"--device cuda: {reason}")
+            raise ValueError(f"--device cuda: {reason}")
     if arguments.rounds < 5:
-        raise SystemExit(f"--rounds must be at least 5, got {arguments.rounds}")
+        raise ValueError(f"--rounds must be at least 5, got {arguments.rounds}")
     if arguments.add and arguments.out is None:
-        raise SystemExit("--add needs --out, the file to add to")
+        raise ValueError("--add needs --out, the file to add to")
     for option, path in (("--out", arguments.out), ("--plot", arguments.plot)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise SystemExit(f"{option}: there is no folder {path.absolute().parent}")
+        if path is not None:
+            check_file(option, path)
     if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib")
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
 
 
 def run(

@@ -151,8 +151,22 @@ def test_results_of_several_runs(
     printed = capsys.readouterr().out
     assert [line for line in printed.splitlines() if line.endswith(": work")] == ["b: work", "a: work"]
     two.write_text(two.read_text().replace('"python": "', '"python": "2'))
-    with pytest.raises(SystemExit, match="different machines or versions"):
-        main(["bench", "--show", str(two), str(one)])
+    assert main(["bench", "--show", str(two), str(one)]) == 2
+    assert "different machines or versions" in capsys.readouterr().err
+    monkeypatch.setattr(runner, "run", lambda *_: pytest.fail("measured"))
+    assert main([*options, "--out", str(two), "--add"]) == 2
+    assert "different machines or versions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["3", "[]", '{"cases": []}', "no JSON", None])
+def test_a_file_that_holds_no_results_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None
+) -> None:
+    file = tmp_path / "results.json"
+    if content is not None:
+        file.write_text(content)
+    assert main(["bench", "--show", str(file)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {file}")
 
 
 def test_a_gpu_sleeps_while_the_host_enqueues(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,14 +199,17 @@ def test_other_forms_of_the_prototypes_compute_the_same(form: Callable[..., Tens
         (["--add"], "--add needs --out"),
         (["--out", "/nowhere/results.json"], "--out: there is no folder /nowhere"),
         (["--plot", "/nowhere/plot.png"], "--plot: there is no folder /nowhere"),
+        (["--out", "/tmp"], "--out: /tmp is a folder, a file is needed"),
+        (["--plot", "/tmp"], "--plot: /tmp is a folder, a file is needed"),
+        (["--out", "/proc/results.json"], "--out: nothing can be written into /proc: "),
     ],
 )
 def test_bad_options_are_refused_before_measuring(
-    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(runner, "run", lambda *_: pytest.fail("measured"))
-    with pytest.raises(SystemExit, match=message):
-        main(["bench", "--device", "cpu", *options])
+    assert main(["bench", "--device", "cpu", *options]) == 2
+    assert f"error: {message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "tf32"])

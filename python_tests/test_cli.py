@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from wsss_ops import __version__, _backend, info
+from wsss_ops import __version__, _backend, demo, info
 from wsss_ops.__main__ import main
 
 
@@ -38,3 +39,26 @@ def test_unknown_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) ->
         main(["brain"])
     assert error.value.code == 2
     assert "invalid choice: 'brain'" in capsys.readouterr().err
+
+
+def test_demo_refuses_a_folder_that_it_cannot_fill_before_it_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo.info, "main", lambda: pytest.fail("it worked"))
+    (tmp_path / "file").write_text("precious")
+    for out, message in (
+        (tmp_path, f"--out: {tmp_path} is there already"),
+        (tmp_path / "file" / "x", f"--out: {tmp_path / 'file' / 'x'} cannot be made a folder: Not a directory"),
+        (Path("/proc/nope"), "--out: /proc/nope cannot be made a folder: "),
+    ):
+        assert main(["demo", "--out", str(out)]) == 2
+        assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_output_that_nobody_reads_ends_a_command_quietly() -> None:
+    command = subprocess.Popen([sys.executable, "-m", "wsss_ops", "info"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert command.stdout is not None
+    command.stdout.close()
+    assert command.communicate()[1] == ""
+    assert command.returncode == 141

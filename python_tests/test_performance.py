@@ -143,12 +143,16 @@ def test_every_picture_named_is_drawn(gpu_file: Path) -> None:
     assert sorted(named) == sorted(path.name for path in gpu_file.parent.glob("*.png"))
 
 
-def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="cannot be read as results"):
-        performance.main(["--results", str(tmp_path / "none.json")])
+def test_what_is_no_result_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(SystemExit, match="is not what wsss-ops bench --out writes"):
-        performance.main(["--results", str(tmp_path / "other.json")])
+    for name, message in (
+        ("none.json", "cannot be read as results"),
+        ("other.json", "is not what wsss-ops bench --out writes"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            performance.main(["--results", str(tmp_path / name)])
+        assert error.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

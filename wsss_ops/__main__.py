@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 
 from . import __version__, demo, info
@@ -11,6 +13,7 @@ from .training import evaluate, train
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 2 for what it is given and cannot use, which raises ValueError."""
     parser = argparse.ArgumentParser(prog="wsss-ops", description="Fused operators for weakly supervised segmentation.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -30,7 +33,17 @@ def main(arguments: list[str] | None = None) -> int:
         module.add_arguments(command)
         command.set_defaults(run=module.main)
     parsed = parser.parse_args(arguments)
-    return int(parsed.run(parsed))
+    try:
+        status = int(parsed.run(parsed))
+        sys.stdout.flush()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # Who reads the output, as `head` does, has enough. At its end Python flushes once more: nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return status
 
 
 if __name__ == "__main__":

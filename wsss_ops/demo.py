@@ -14,6 +14,7 @@ from torch import Tensor
 import wsss_ops
 
 from . import _backend, info, reference
+from ._files import make_folder
 from .bench import report, runner
 from .training.train import train_on_scenes
 
@@ -28,7 +29,8 @@ def main(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     out: Path = arguments.out or Path("wsss_demo", time.strftime("%Y-%m-%d-%H%M%S"))
     if out.exists():
-        raise SystemExit(f"--out: {out} is there already; name a new folder")
+        raise ValueError(f"--out: {out} is there already; name a new folder")
+    make_folder(out)
     device = torch.device("cuda" if torch.cuda.is_available() and not _backend.missing_cuda() else "cpu")
 
     heading("1. What is installed")

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from wsss_ops.training import evaluate, train
+from wsss_ops.__main__ import main
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
 RUNNER = """
-import argparse, sys
-from wsss_ops.training import train
-parser = argparse.ArgumentParser()
-train.add_arguments(parser)
-sys.exit(train.main(parser.parse_args(sys.argv[1:])))
+import sys
+from wsss_ops.__main__ import main
+sys.exit(main(["train", *sys.argv[1:]]))
 """
 
 
@@ -31,17 +28,13 @@ def command(system: str, voc: Path, out: Path, *more: object) -> list[object]:
 
 def train_here(*options: object) -> int:
     """The exit status of `wsss-ops train` with these options."""
-    parser = argparse.ArgumentParser()
-    train.add_arguments(parser)
-    return train.main(parser.parse_args([str(option) for option in options]))
+    return main(["train", *map(str, options)])
 
 
 def evaluate_here(checkpoint: Path, out: Path, *more: object) -> int:
     """The exit status of `wsss-ops evaluate` of a run or model file on the CPU, with further options."""
-    parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
     options = ("--checkpoint", checkpoint, "--out", out, "--device", "cpu", *more)
-    return evaluate.main(parser.parse_args([str(option) for option in options]))
+    return main(["evaluate", *map(str, options)])
 
 
 def train_apart(*options: object, prelude: str = "") -> subprocess.CompletedProcess[str]:

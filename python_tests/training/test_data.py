@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import warnings
+import zipfile
 from collections.abc import Callable
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -119,6 +120,55 @@ def test_a_long_list_of_faults_is_cut(tmp_path: Path) -> None:
         photo.unlink()
     with pytest.raises(ValueError, match=r"16 faulty images(.|\n)*and 6 more"):
         open_dataset(root, "train")
+
+
+IDS = np.array([f"2007_{number:06d}" for number in range(32)])
+
+
+def save_labels(**arrays: np.ndarray) -> Callable[[Path], None]:
+    return lambda file: np.savez(file, **arrays)
+
+
+@pytest.mark.parametrize("check", ["headers", "full"])
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (save_labels(ids=IDS, labels=np.ones((32, 19))), r"got float64 \[32, 19\] for ids \[32\]"),
+        (save_labels(ids=IDS, labels=np.ones((31, 20))), r"got float64 \[31, 20\] for ids \[32\]"),
+        (save_labels(ids=IDS[0], labels=np.ones((1, 20))), r"got float64 \[1, 20\] for ids \[\]"),
+        (save_labels(ids=IDS, labels=np.full((32, 20), "1")), r"got <U1 \[32, 20\]"),
+        (save_labels(names=IDS, labels=np.ones((32, 20))), "it has no ids"),
+        (save_labels(), "it has no ids and no labels"),
+        (save_labels(ids=IDS.astype(object), labels=np.ones((32, 20))), "Object arrays cannot be loaded"),
+        (lambda file: file.write_bytes(b"no archive"), "it is no npz archive"),
+        (lambda file: file.write_bytes(b""), "it is no npz archive"),
+    ],
+)
+def test_a_faulty_label_file_is_named(tmp_path: Path, check: str, write: Callable[[Path], None], message: str) -> None:
+    file = make_voc(tmp_path) / "VOC2012" / "cls_labels.npz"
+    write(file)
+    with pytest.raises(ValueError, match=f"{file}.*{message}"):
+        open_dataset(tmp_path, "train", check=check)
+
+
+def test_a_list_that_is_no_text_is_named(tmp_path: Path) -> None:
+    file = make_voc(tmp_path) / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt"
+    file.write_bytes(b"2007_000020\xff\n")
+    with pytest.raises(ValueError, match=f"{file} cannot be read: 'utf-8' codec"):
+        open_dataset(tmp_path, "train")
+
+
+def test_a_compressed_member_that_is_damaged_is_named(voc: Path, tmp_path: Path) -> None:
+    name = "VOC2012/JPEGImages/2007_000003.jpg"
+    with zipfile.ZipFile(tmp_path / "voc.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(voc.rglob("*")):
+            archive.write(file, file.relative_to(voc))
+        start = archive.getinfo(name).header_offset + 30 + len(name)
+    content = bytearray((tmp_path / "voc.zip").read_bytes())
+    content[start : start + 8] = b"\xff" * 8
+    (tmp_path / "voc.zip").write_bytes(content)
+    with pytest.raises(ValueError, match=f"1 faulty image(.|\n)*{name} cannot be decoded"):
+        open_dataset(tmp_path / "voc.zip", "train")
 
 
 def test_a_broken_member_of_a_zip_is_named(voc: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 
+import numpy as np
 import pytest
 import torch
 from training.runs import ENVIRONMENT, RUNNER, command, evaluate_here, train_apart, train_here
@@ -81,9 +83,11 @@ def test_a_killed_run_resumes_to_the_figures_of_an_unbroken_one(
     assert train_apart(*command("cam", voc, out), prelude=KILLED).returncode == -signal.SIGKILL
     assert checkpoints.load(out / "checkpoint.pt")["position"] == (0, 1, 2)
     assert not (out / "metrics.json").exists()
+    assert len(list(out.glob(".checkpoint.pt.*"))) == 1
     done = train_apart(*command("cam", voc, out))
     assert done.returncode == 0, done.stderr
     assert "resuming" in done.stdout
+    assert {file.name for file in out.iterdir()} == {file.name for file in unbroken[0].iterdir()}
     assert metrics(out) == metrics(unbroken[0])
     one, other = (torch.load(folder / "model.pt", weights_only=True)["network"] for folder in (out, unbroken[0]))
     assert all(torch.equal(one[key], other[key]) for key in one)
@@ -216,6 +220,51 @@ def test_bad_options_leave_nothing_behind(
     assert not (tmp_path / "run").exists()
 
 
+def test_faulty_data_leave_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    voc = make_voc(tmp_path / "voc")
+    np.savez(voc / "VOC2012" / "cls_labels.npz", ids=np.array(["a"]), labels=np.ones((1, 19)))
+    assert train_here(*command("cam", voc, tmp_path / "run", "--check", "headers")) == 2
+    assert "cls_labels.npz: labels must be" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("file", "it is a file"), ("file/x", "Not a directory"), ("/proc/nope", "")]
+)
+def test_a_folder_that_cannot_be_made_is_told_before_the_work(
+    voc: Path, unbroken: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, name: str, reason: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(Training, "run", lambda self: pytest.fail("trained"))
+    monkeypatch.setattr("wsss_ops.training.evaluate.evaluate_and_report", lambda *_, **__: pytest.fail("evaluated"))
+    (tmp_path / "file").write_text("precious")
+    out = tmp_path / name
+    message = f"error: --out: {out} cannot be made a folder: {reason}"
+    assert train_here(*command("cam", voc, out)) == 2
+    assert message in capsys.readouterr().err
+    assert evaluate_here(unbroken[0], out) == 2
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+INTERRUPTED = """
+import os, signal
+from wsss_ops.training import checkpoints
+save = checkpoints.save
+def save_and_interrupt(path, content):
+    save(path, content)
+    os.kill(os.getpid(), signal.SIGINT)
+checkpoints.save = save_and_interrupt
+"""
+
+
+def test_an_interrupted_run_says_that_the_same_command_resumes(voc: Path, tmp_path: Path) -> None:
+    done = train_apart(*command("cam", voc, tmp_path / "run"), prelude=INTERRUPTED)
+    assert done.returncode == 130
+    assert done.stderr == f"interrupted; the same command resumes the run in {tmp_path / 'run'}\n"
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
 def test_evaluate_repeats_the_figures_of_training(
     voc: Path, unbroken: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -250,12 +299,24 @@ def test_counts_below_0_are_usage_errors(
     assert f"argument {command[-1]}: must be a whole number of at least 0, got -1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", ["-1", "nan", "often"])
+def test_times_between_checkpoints_that_cannot_be_are_usage_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["train", "cam", "--out", str(tmp_path / "out"), "--save-every", value])
+    assert error.value.code == 2
+    assert f"argument --save-every: must be a number of at least 0, got {value}" in capsys.readouterr().err
+
+
 def test_evaluate_tells_what_it_cannot_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.pt").write_bytes(b"nonsense")
+    (tmp_path / "empty.pt").touch()
     for checkpoint, message in (
         (tmp_path, "model.pt does not exist"),
         (tmp_path / "x.pt", "is not a readable PyTorch file"),
+        (tmp_path / "empty.pt", "is not a readable PyTorch file of tensors: it is empty"),
     ):
-        (tmp_path / "x.pt").write_bytes(b"nonsense")
         assert evaluate_here(checkpoint, tmp_path / "out") == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
@@ -270,6 +331,18 @@ def test_without_matplotlib_the_curve_is_left_out_and_training_says_so_first(
     assert printed.index("pip install matplotlib") < printed.index("trained in")
     assert not (tmp_path / "run" / "curve.png").exists()
     assert (tmp_path / "run" / "panels.png").exists()
+
+
+def test_a_claim_removes_what_dead_processes_left_half_written_alone(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left = [f".checkpoint.pt.{ended.pid}", f"cam/.metrics.json.{ended.pid}", f".model.pt.{os.getpid()}"]
+    kept = [f".model.pt.{os.getppid()}", f".notes.{ended.pid}", f"model.pt.{ended.pid}"]
+    (tmp_path / "cam").mkdir()
+    for name in (*left, *kept):
+        (tmp_path / name).touch()
+    checkpoints.claim(tmp_path, {"system": "cam"})
+    assert {file.name for file in tmp_path.rglob("*") if file.is_file()} == {*kept, "settings.json"}
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:

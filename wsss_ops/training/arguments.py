@@ -1,6 +1,7 @@
 """Command-line arguments that training and evaluation share; they decide no figure of a run."""
 
 import argparse
+import math
 
 
 def natural(text: str) -> int:
@@ -8,6 +9,17 @@ def natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text}")
     return int(text)
+
+
+def seconds(text: str) -> float:
+    """The time that an option of argparse names. Raises ArgumentTypeError for what is no number from 0 on."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
+    return value
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wsss_ops._files import read_json, write_atomic, write_json
+from wsss_ops._files import make_folder, read_json, remove_leftovers, write_atomic, write_json
 
 SETTINGS, CHECKPOINT, MODEL, METRICS = "settings.json", "checkpoint.pt", "model.pt", "metrics.json"
 
@@ -23,6 +23,8 @@ def load(path: Path) -> dict[str, Any]:
     Raises ValueError naming the file where it cannot be read.
     """
     try:
+        if path.stat().st_size == 0:
+            raise ValueError("it is empty")  # of which torch says nothing
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for damaged files, some with pages of advice
         cause = str(error).split("\n")[0].split(". ")[0]
@@ -42,12 +44,10 @@ def restore(network: nn.Module, content: dict[str, Any], path: Path) -> None:
 
 
 def check_claim(out: Path, settings: dict[str, Any]) -> None:
-    """Checks that the folder out is free or that of a run with these settings.
+    """Checks that the folder out, which need not exist, is free or that of a run with these settings.
 
     Raises ValueError where it is not, naming the settings that differ.
     """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; --out names a folder")
     path = out / SETTINGS
     if path.exists():
         before, now = read_json(path), json.loads(json.dumps(settings))
@@ -68,7 +68,12 @@ def check_claim(out: Path, settings: dict[str, Any]) -> None:
 
 
 def claim(out: Path, settings: dict[str, Any]) -> None:
-    """Makes the folder out that of a run with these settings, unless it is already."""
+    """Makes the folder out that of a run with these settings, unless it is already.
+
+    Removes what ended processes left half written in it.
+    Raises ValueError where it is another run's or cannot be written into.
+    """
     check_claim(out, settings)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
+    remove_leftovers(out)
     write_json(out / SETTINGS, settings)

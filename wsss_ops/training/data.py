@@ -6,6 +6,7 @@ import io
 import os
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,9 @@ SPLITS = ("train", "dev", "val")
 DEV_IMAGES = 200
 REPORT_IMAGES = 10
 FULL_CHECK_IMAGES = 5000
+LABELS = "cls_labels.npz"
+# What reading and decoding a file raise where it is damaged or may not be read.
+UNREADABLE = (EOFError, OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error)
 
 
 class Sample(NamedTuple):
@@ -105,7 +109,7 @@ class _Zip:
         self._opened: dict[int, zipfile.ZipFile] = {}
         try:
             names = self._archive().namelist()
-        except zipfile.BadZipFile as error:
+        except (OSError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path}: not a readable zip archive ({error})") from error
         lists = [name for name in names if "ImageSets/Segmentation/" in name]
         if not lists:
@@ -164,7 +168,7 @@ class VocDataset:
             self._masks = "SegmentationClass"
         full = check == "full" or (check == "auto" and len(self.ids) <= FULL_CHECK_IMAGES)
         _raise_faults(root, _in_parallel(functools.partial(self._fault, full=full), self.ids, "checking images"))
-        labelled = self._files.exists("cls_labels.npz")
+        labelled = self._files.exists(LABELS)
         self.tags = self._labels(self.ids)
         self.report_classes = _report_classes(self._labels(validation))
         if full and labelled:
@@ -193,7 +197,10 @@ class VocDataset:
         name = f"ImageSets/Segmentation/{split}.txt"
         if not self._files.exists(name):
             raise ValueError(f"{self._files.location(name)} is missing")
-        ids = self._files.read(name).decode().split()
+        try:
+            ids = self._files.read(name).decode().split()
+        except UNREADABLE as error:
+            raise ValueError(f"{self._files.location(name)} cannot be read: {error}") from error
         if not ids:
             raise ValueError(f"{self._files.location(name)} names no image")
         return ids
@@ -211,7 +218,7 @@ class VocDataset:
             picture = Image.open(io.BytesIO(self._files.read(file)))
             if pixels:
                 picture.load()
-        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{self._files.location(file)} cannot be decoded: {error}") from error
         return picture
 
@@ -241,15 +248,36 @@ class VocDataset:
         return None
 
     def _labels(self, ids: list[str]) -> Tensor:
-        if not self._files.exists("cls_labels.npz"):
+        if not self._files.exists(LABELS):
             present = _in_parallel(self._classes_of_mask, ids, "labels from masks")
             return torch.from_numpy(np.stack(present))
-        with np.load(io.BytesIO(self._files.read("cls_labels.npz"))) as archive:
-            labels = dict(zip(archive["ids"].tolist(), archive["labels"] != 0, strict=True))
+        labels = self._read_labels()
         unlabelled = [name for name in ids if name not in labels]
         if unlabelled:
-            raise ValueError(f"{self._files.location('cls_labels.npz')} has no labels for {_some(unlabelled)}")
+            raise ValueError(f"{self._files.location(LABELS)} has no labels for {_some(unlabelled)}")
         return torch.from_numpy(np.stack([labels[name] for name in ids]))
+
+    def _read_labels(self) -> dict[str, np.ndarray]:
+        """The bool [C-1] of each id in the label file."""
+        location = self._files.location(LABELS)
+        try:
+            content = self._files.read(LABELS)
+            if not zipfile.is_zipfile(io.BytesIO(content)):
+                raise ValueError("it is no npz archive")
+            with np.load(io.BytesIO(content)) as archive:
+                lacking = [name for name in ("ids", "labels") if name not in archive.files]
+                if lacking:
+                    raise ValueError(f"it has no {' and no '.join(lacking)}")
+                ids, labels = np.asarray(archive["ids"]), np.asarray(archive["labels"])
+        except UNREADABLE as error:
+            raise ValueError(f"{location} cannot be read: {error}") from error
+        classes = len(self.classes) - 1
+        if ids.ndim != 1 or labels.shape != (len(ids), classes) or labels.dtype.kind not in "biuf":
+            raise ValueError(
+                f"{location}: labels must be numbers [n, {classes}] for ids [n], got {labels.dtype} "
+                f"{list(labels.shape)} for ids {list(ids.shape)}"
+            )
+        return dict(zip(ids.tolist(), labels != 0, strict=True))
 
     def _classes_of_mask(self, name: str) -> np.ndarray:
         counts = np.bincount(self._mask(name).ravel(), minlength=len(self.classes))

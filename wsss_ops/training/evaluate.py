@@ -2,9 +2,9 @@
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 
+from wsss_ops._files import make_folder
 from wsss_ops.training import checkpoints
 from wsss_ops.training.arguments import add_common_arguments
 from wsss_ops.training.data import open_dataset
@@ -28,31 +28,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs the parsed command; returns the exit status."""
-    try:
-        if (args.out / checkpoints.SETTINGS).exists():
-            raise ValueError(f"{args.out} is the folder of a training run, whose figures stay; choose another --out")
-        with join_processes(args.device) as processes:
-            system, classes = load_system(args.checkpoint, args.ops)
-            if args.scales is not None:
-                system.settings = dataclasses.replace(system.settings, scales=tuple(args.scales))
-            if args.baseline is not None:
-                if not isinstance(system, Segmenter):
-                    raise ValueError(f"--baseline is for runs of ocr, {args.checkpoint} is none")
-                system.settings = dataclasses.replace(system.settings, baseline=args.baseline)
-                system.baseline()  # an error before the evaluation where it does not fit
-            path = args.data or system.settings.data
-            data = {split: open_dataset(path, split, check=args.check) for split in ("dev", "val")}
-            if tuple(classes) != data["val"].classes:
-                raise ValueError(f"the model knows the classes {', '.join(classes)}; {path} has others")
-            system.network.to(processes.device)
-            evaluate_and_report(
-                system, data["dev"], data["val"], processes, args.out, panels=args.panels,
-                curve=can_draw_curve(system, processes), details={"checkpoint": str(args.checkpoint)},
-            )  # fmt: skip
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Runs the parsed command; returns the exit status. Raises ValueError for what it is given and cannot use."""
+    if (args.out / checkpoints.SETTINGS).exists():
+        raise ValueError(f"{args.out} is the folder of a training run, whose figures stay; choose another --out")
+    with join_processes(args.device) as processes:
+        system, classes = load_system(args.checkpoint, args.ops)
+        if args.scales is not None:
+            system.settings = dataclasses.replace(system.settings, scales=tuple(args.scales))
+        if args.baseline is not None:
+            if not isinstance(system, Segmenter):
+                raise ValueError(f"--baseline is for runs of ocr, {args.checkpoint} is none")
+            system.settings = dataclasses.replace(system.settings, baseline=args.baseline)
+            system.baseline()  # an error before the evaluation where it does not fit
+        path = args.data or system.settings.data
+        data = {split: open_dataset(path, split, check=args.check) for split in ("dev", "val")}
+        if tuple(classes) != data["val"].classes:
+            raise ValueError(f"the model knows the classes {', '.join(classes)}; {path} has others")
+        system.network.to(processes.device)
+        make_folder(args.out)
+        evaluate_and_report(
+            system, data["dev"], data["val"], processes, args.out, panels=args.panels,
+            curve=can_draw_curve(system, processes), details={"checkpoint": str(args.checkpoint)},
+        )  # fmt: skip
     return 0
 
 

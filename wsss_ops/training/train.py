@@ -6,6 +6,7 @@ import functools
 import importlib
 import itertools
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from typing import Any
 
 from wsss_ops._files import read_json
 from wsss_ops.training import checkpoints
-from wsss_ops.training.arguments import add_common_arguments, natural
+from wsss_ops.training.arguments import add_common_arguments, natural, seconds
 from wsss_ops.training.batches import TrainingBatches
 from wsss_ops.training.cam import CamSystem, SettingsAfterCam, read_start
 from wsss_ops.training.comparison import compare
@@ -60,11 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         options.add_argument("--no-evaluation", action="store_true", help="leave the evaluation at the end out")
         add_common_arguments(options)
         options.add_argument("--workers", type=natural, help="processes that read images (default: by CPU cores)")
-        options.add_argument("--save-every", type=float, default=15, help="seconds between checkpoints (default: 15)")
+        options.add_argument("--save-every", type=seconds, default=15, help="seconds between checkpoints (default: 15)")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs the parsed command; returns the exit status."""
+    """Runs the parsed command; returns the exit status. Raises ValueError for what it is given and cannot use."""
     try:
         settings = read_settings(args, SYSTEMS[args.system].Settings)
         with join_processes(args.device) as processes:
@@ -72,9 +73,9 @@ def main(args: argparse.Namespace) -> int:
                 args.system, settings, args.out, processes, ops=args.ops, evaluation=not args.no_evaluation,
                 panels=args.panels, check=args.check, workers=args.workers, save_every=args.save_every,
             )  # fmt: skip
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command resumes the run in {args.out}", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 
@@ -85,7 +86,7 @@ def run(
     """Trains a system into the folder out, or resumes there, and evaluates it; returns the content of metrics.json.
 
     A finished run prints its figures and does nothing. Raises ValueError for data that are not in order and where out
-    holds a run with other settings.
+    holds a run with other settings or cannot be written into.
     """
     data = {split: open_dataset(settings.data, split, check=check) for split in ("train", "dev", "val")}
     if settings.imbalance > 1:
