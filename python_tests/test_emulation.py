@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 from bisect import bisect_left
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from harness import in_threads
 from selftest import Selftest, load
 
 
@@ -309,21 +309,14 @@ def test_limits(selftest: Selftest, grid: tuple[int, ...], block: tuple[int, ...
 
 def test_python_threads_take_turns(selftest: Selftest) -> None:
     x = np.arange(600, dtype=np.int32)
-    failures: list[int] = []
 
     def work() -> None:
-        for _ in range(50):
+        for _ in range(25):
             out = np.zeros_like(x)
             selftest("scan", x, out, 1, x.size)
-            if not np.array_equal(out, x.cumsum()):
-                failures.append(1)
+            np.testing.assert_array_equal(out, x.cumsum())
 
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    in_threads(work)
 
 
 def test_unchecked_with_the_portable_context_switch(rng: np.random.Generator) -> None:

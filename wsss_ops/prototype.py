@@ -55,7 +55,8 @@ def prototype_cam(
             channels_last (other strides are copied; those of levels never). Levels are divided, pixel by pixel, by
             (their L2 norm over channels + 1e-5), resized bilinearly (align_corners=False) and laid side by side along
             channels: one copy. A single tensor is only resized, and only if its size is another.
-        cam: [N, C, H', W'], background first; the dtypes above, any strides, at most 16384 classes. No gradient.
+        cam: [N, C, H', W'], background first; the dtypes above, any strides, at most 16384 classes (14000 on GPUs whose
+            blocks have 99 KiB of shared memory). No gradient.
         tags: [N, C], the classes of each image, background included: any number but 0 means present.
         valid: bool [N, H', W'], false where the cam means nothing, as on the padding of a crop; None for all.
         size: (H, W) of the result; None for the cam's (H', W'). Seeds of another size are those of the nearest pixel,
