@@ -25,8 +25,15 @@ def load(path: Path) -> Results:
 
 def check_environments(environments: Sequence[dict[str, str]]) -> None:
     """Raises ValueError where results of these environments make no table, because they differ."""
-    if any(environment != environments[0] for environment in environments):
-        raise ValueError("these results are of different machines or versions, which make no table")
+    keys = {key: None for environment in environments for key in environment}
+    values = {key: [environment.get(key, "unknown") for environment in environments] for key in keys}
+    differences = [
+        f"{key}: {' and '.join(dict.fromkeys(found))}" for key, found in values.items() if len(set(found)) > 1
+    ]
+    if differences:
+        raise ValueError(
+            f"these results are of different machines or versions, which make no table ({'; '.join(differences)})"
+        )
 
 
 def merged(parts: Sequence[Results]) -> Results:

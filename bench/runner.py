@@ -28,7 +28,8 @@ PEERS = ("reference", "torchvision", "bmm", "broadcast")  # how their names begi
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--op", choices=OPERATORS, action="append", help="measure this operator only (repeatable)")
+    parts = "an operator; a system's training step; ceilings, what the machine can; graphs, calls replayed on a GPU"
+    parser.add_argument("--op", choices=OPERATORS, action="append", help=f"measure this only (repeatable): {parts}")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--rounds", type=int, default=30, help="how often each function is timed, at least 5")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile'd references out")

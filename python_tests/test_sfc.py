@@ -360,6 +360,11 @@ BAD: dict[str, Bad] = {
         ValueError,
         r"at least one number, all finite and at least 0",
     ),
+    "counts of NumPy": (
+        lambda c, t, k: distribution_coefficients(np.ones(2), 1),
+        TypeError,
+        r"class_counts must be a torch.Tensor or a sequence, got ndarray",
+    ),
     "negative counts": (lambda c, t, k: distribution_coefficients([1, -2], 1), ValueError, r"got \[1.0, -2.0\]"),
     "infinite counts": (
         lambda c, t, k: distribution_coefficients([1, math.inf], 1),

@@ -46,8 +46,8 @@ def missing_cuda() -> str:
     """What keeps CUDA tensors from working, with the command that mends it; empty where nothing does."""
     if _cuda is None:
         return (
-            f"wsss_ops was installed without its CUDA backend ({_cuda_error}). Install the CUDA toolkit (nvcc, 12.6 or "
-            "later), then build again in the checkout's folder: CUDA_HOME=/usr/local/cuda WSSS_OPS_CUDA=1 "
+            f"wsss_ops was installed without its CUDA backend ({_cuda_error}). With the CUDA toolkit (nvcc, 12.6 or "
+            "later) on this machine, build again in the checkout's folder: CUDA_HOME=/usr/local/cuda WSSS_OPS_CUDA=1 "
             f"{REBUILD}"
         )
     if torch.version.cuda is None:

@@ -53,7 +53,7 @@ def check_two(name: str, value: Any, minimum: int) -> tuple[int, int]:
     """A pair of ints, or one for both."""
     if type(value) is int and value >= minimum:
         return value, value
-    if isinstance(value, Sequence):
+    if isinstance(value, Sequence) and not isinstance(value, str):
         return check_pair(name, value, minimum)
     if not isinstance(value, (Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")

@@ -65,8 +65,9 @@ def prototype_cam(
         detach_prototypes: gradient through the pixels' own features alone, not through the prototypes.
 
     Returns:
-        [N, C, H, W] in the dtype of the features, contiguous; sums and cosines are float32 or wider. Exactly zero
-        for classes without seeds. Cosines as in torch.nn.functional.cosine_similarity with eps=1e-8, of features
+        [N, C, H, W] in the dtype of the features, contiguous; exactly zero for classes without seeds. Sums and cosines
+        are float32 or wider; resized features are stored in their dtype, so that in 16 bits a cosine near 0 may change
+        its sign, and relu its gradient. Cosines as in torch.nn.functional.cosine_similarity with eps=1e-8, of features
         whose squares a float32 can sum (to 1e18 in magnitude); relu has the gradient 0 at 0. Results and gradients are
         the same in every run; the gradient can be taken once, not twice. A NaN feature gives NaN at its own pixel (for
         the classes that have seeds) and, through its prototype, to its seed's class; NaN in the cam counts as larger

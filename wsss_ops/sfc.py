@@ -125,6 +125,8 @@ def distribution_coefficients(class_counts: Tensor | Sequence[float], resampled_
         ValueError: if there is no count, one is not finite, negative, or 0 where resampled_per_class is 0, or
             resampled_per_class is negative.
     """
+    if not isinstance(class_counts, (Tensor, Sequence)):
+        raise TypeError(f"class_counts must be a torch.Tensor or a sequence, got {type(class_counts).__name__}")
     if isinstance(class_counts, Sequence) and not isinstance(class_counts, str):
         class_counts = torch.tensor([check_number("class_counts", n) for n in class_counts], dtype=torch.float64)
     check_tensor("class_counts", class_counts, "C - 1", FLOATS + INTEGERS)

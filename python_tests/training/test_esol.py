@@ -174,7 +174,7 @@ def test_a_run_can_start_from_a_finished_cam_run(tmp_path: Path, capsys: pytest.
     [
         (["--start", "{tmp}/none"], "start: {tmp}/none does not exist; a cam run writes it"),
         (["--start", "{tmp}/esol.pt"], "start: {tmp}/esol.pt is no model of a cam run, it is one of 'esol'"),
-        (["--start", "{tmp}/cam.pt"], "start: {tmp}/cam.pt knows the classes background, ox; the data have others"),
+        (["--start", "{tmp}/cam.pt"], "start: {tmp}/cam.pt knows the classes background, ox; {data} has others"),
         (["--start", "{tmp}/deep.pt"], "start: {tmp}/deep.pt has backbone 'resnet18', this run 'tiny'"),
     ],
 )
@@ -190,7 +190,7 @@ def test_a_start_that_does_not_fit_is_an_error(
     checkpoints.save(tmp_path / "deep.pt", made | {"settings": {"backbone": "resnet18", "output_stride": 8}})
     options = [option.format(tmp=tmp_path) for option in options]
     assert train_here(*command("esol", voc, tmp_path / "out", *options)) == 2
-    assert message.format(tmp=tmp_path) in capsys.readouterr().err
+    assert message.format(tmp=tmp_path, data=voc) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

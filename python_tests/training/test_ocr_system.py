@@ -322,7 +322,7 @@ def test_what_does_not_fit_is_an_error_before_anything_is_made(
         (["--cams", cams, "--baseline", tmp_path / "none"], f"baseline: {tmp_path}/none does not exist"),
         (["--cams", cams / "model.pt"], "cam_threshold must be given, because"),
         (["--cams", tmp_path / "bare"], "is a run of a segmentation network that has no pseudo-labels"),
-        (["--cams", tmp_path / "old"], "are of 2 images, labels 0, not of these data"),
+        (["--cams", tmp_path / "old"], "are of 2 images, labels 0, not of "),
         (["--cams", cams, "--baseline", tmp_path / "bare"], "is no finished and evaluated run of this system"),
         (["--cams", cams, "--baseline", cams], "is no finished and evaluated run of this system"),
     ]

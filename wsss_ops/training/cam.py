@@ -128,7 +128,9 @@ def read_start(settings: Settings, classes: Sequence[str]) -> dict[str, Tensor] 
         what = f"it is one of {content['system']!r}" if "system" in content else "name model.pt or the run folder"
         raise ValueError(f"start: {file} is no model of a cam run, {what}")
     if tuple(content["classes"]) != tuple(classes):
-        raise ValueError(f"start: {file} knows the classes {', '.join(content['classes'])}; the data have others")
+        raise ValueError(
+            f"start: {file} knows the classes {', '.join(content['classes'])}; {settings.data_name} has others"
+        )
     for name in ("backbone", "output_stride", "imbalance"):
         there, here = content["settings"].get(name, 1), getattr(settings, name)  # older files have no imbalance
         if there != here:

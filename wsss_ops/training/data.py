@@ -287,7 +287,8 @@ class VocDataset:
         present = np.stack(_in_parallel(self._classes_of_mask, self.ids, "labels against masks"))
         lacking = int((self.tags.numpy() & ~present).any(1).sum())
         if lacking:
-            warnings.warn(f"{lacking} of {len(self)} images have a label whose class their mask lacks", stacklevel=3)
+            text = f"{lacking} of {len(self)} images have a label whose class their mask lacks: used as they are"
+            warnings.warn(text, stacklevel=3)
 
 
 def _report_classes(validation_tags: Tensor) -> tuple[int, ...]:

@@ -140,9 +140,8 @@ class OcrSystem(Segmenter):
             return PseudoLabelled(dataset, out / FOLDER)
         record, threshold = read_json(given / RECORD), self.settings.cam_threshold
         if record["training_images"] != fingerprint(dataset):
-            raise ValueError(
-                f"cams: the pseudo-labels of {given} are of {record['training_images']}, not of these data"
-            )
+            there, here = record["training_images"], self.settings.data_name
+            raise ValueError(f"cams: the pseudo-labels of {given} are of {there}, not of {here}")
         if threshold not in (None, record["threshold"]):
             raise ValueError(f"cam_threshold: the labels of {given} were cut at {record['threshold']}, got {threshold}")
         return PseudoLabelled(dataset, given)
@@ -176,7 +175,9 @@ class OcrSystem(Segmenter):
         if isinstance(system, Segmenter):
             raise ValueError(f"cams: {path} is a run of a segmentation network that has no pseudo-labels")
         if classes != tuple(dataset.classes):
-            raise ValueError(f"cams: {path} knows the classes {', '.join(classes)}; the data have others")
+            raise ValueError(
+                f"cams: {path} knows the classes {', '.join(classes)}; {self.settings.data_name} has others"
+            )
         if threshold is None:
             metrics = path / checkpoints.METRICS
             if not metrics.exists():

@@ -60,6 +60,11 @@ class Settings:
         float, None, "image scales of CAM inference, each with its flip", nargs="+", above=0
     )
 
+    @property
+    def data_name(self) -> str:
+        """What an error calls the data."""
+        return self.data or "the generated scenes, as no --data is given,"
+
     def __post_init__(self) -> None:
         if self.backbone is None:
             object.__setattr__(self, "backbone", "tiny" if self.data is None else "efficientnet_lite0")
