@@ -168,8 +168,8 @@ struct Tf32 {
 
 // Of floats, each taken as the sum of two in TF32, to within 2^-23 of it: all products but that of the two
 // small ones. Tensor cores cut sums off rather than round them, which costs a long sum four bits; so each short
-// one is added outside of them. What comes out is nearer than from a chain of float operations. Infinities
-// become NaN, and so do numbers that TF32 rounds to infinity.
+// one is added outside of them. By a model of that (not measured on a GPU) what comes out is nearer than from a
+// chain of float operations. Infinities become NaN, and so do numbers that TF32 rounds to infinity.
 struct Tf32Thrice {
     using T = float;
 

@@ -57,8 +57,9 @@ def deform_conv2d(
 
     Precision: coordinates and sums are computed in float32 (float64 for float64), on a CPU the products too. On CUDA
     products are as PyTorch's matmul settings say. The forward of float32 with one weight group and up to 256 outputs
-    takes each number there as the sum of two in TF32, on tensor cores: as near as float32's own arithmetic, but an
-    infinity gives NaN, and so does a number beyond 3.4e38. (Where these settings allow TF32 it is one.)
+    takes each number there as the sum of two in TF32, on tensor cores, which by a model of their rounding is as near
+    as float32's own arithmetic; but an infinity gives NaN, and so does a number beyond 3.4e38. (Where these settings
+    allow TF32 it is one.)
 
     Memory: see `set_workspace_limit`.
 
